@@ -1,0 +1,93 @@
+"""What the proofs share: every architecture at a small size, and models whose parameters are all random.
+
+A test that takes `config` runs once for each architecture; one that concerns some of them says
+`@pytest.mark.parametrize("config", ["dense", "moe"], indirect=True)`. Sizes are chosen so that nothing equals anything
+else by accident, and that no dimension is so small that a mistake could hide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from thinker.config import RopeScaling, ThinkerConfig
+
+if TYPE_CHECKING:  # a test of what needs no torch shall not wait for it
+    from thinker.model import ThinkerLM
+
+SMALL = {"vocab_size": 61, "n_layers": 3, "d_model": 32, "n_heads": 4, "d_ff": 48, "ctx_len": 48}
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "gqa": {"use_gqa": True, "kv_groups": 2},
+    "one_group": {"use_gqa": True, "kv_groups": 1},
+    "qk_norm": {"use_qk_norm": True},
+    "gqa_qk_norm": {"use_gqa": True, "kv_groups": 2, "use_qk_norm": True},
+    "moe": {"use_moe": True, "num_experts": 5, "num_experts_per_tok": 2},
+    "moe_gqa_qk_norm": {"use_moe": True, "use_gqa": True, "use_qk_norm": True},
+    "plain_mlp": {"use_swiglu": False},
+    "plain_relu2": {"use_swiglu": False, "activation": "relu2", "use_gqa": True},
+    "gelu_gate": {"activation": "gelu"},
+    "relu_gate": {"activation": "relu"},
+    "layer_scale": {"layer_scale": 0.1},
+    "tied": {"tie_embeddings": True},
+    "wide_heads": {"head_dim": 12, "use_gqa": True},
+    "rope_scaling": {
+        "rope_theta": 500.0,
+        "rope_scaling": RopeScaling(factor=4.0, original_ctx_len=24, low_freq_factor=1.0, high_freq_factor=4.0),
+    },
+    "everything": {
+        "use_gqa": True,
+        "use_moe": True,
+        "use_qk_norm": True,
+        "head_dim": 12,
+        "activation": "gelu",
+        "layer_scale": 0.1,
+        "tie_embeddings": True,
+    },
+}
+
+
+def small(name: str, **fields: Any) -> ThinkerConfig:
+    """The architecture of that name, small, with dropout on (so that a test notices where it stays on)."""
+    return ThinkerConfig(**(SMALL | ARCHITECTURES[name] | fields))
+
+
+def randomise(model: Any, seed: int = 0) -> Any:
+    """Fill every parameter of any module with its own random numbers, and return the module, in eval mode.
+
+    Matrices keep the scale of what goes through them, so that logits are of the order of 1 and attention is far from
+    uniform; vectors (norms, layer scale) lie between 0.5 and 1.5. The same seed gives the same numbers in any dtype.
+    """
+    import torch
+
+    draws = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                values = torch.rand(parameter.shape, generator=draws) + 0.5
+            else:
+                values = torch.randn(parameter.shape, generator=draws) * 1.5 / parameter.shape[-1] ** 0.5
+            parameter.copy_(values)
+    return model.eval()
+
+
+@pytest.fixture(params=list(ARCHITECTURES))
+def config(request: pytest.FixtureRequest) -> ThinkerConfig:
+    """One small architecture after another."""
+    return small(request.param)
+
+
+@pytest.fixture
+def build() -> Callable[..., ThinkerLM]:
+    """build(config, dtype=torch.float64, seed=0): a model in eval mode, all parameters random."""
+    import torch
+
+    from thinker.model import ThinkerLM
+
+    def make(config: ThinkerConfig, dtype: torch.dtype = torch.float64, seed: int = 0) -> ThinkerLM:
+        return randomise(ThinkerLM(config).to(dtype), seed)
+
+    return make
