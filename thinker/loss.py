@@ -1,0 +1,122 @@
+"""What training minimises: cross-entropy of the next token, and the load-balancing loss of a mixture.
+
+`NextTokenLoss` is the module that training, DDP, FSDP and compile wrap. It returns sums and counts, never means: only
+the loop knows how many tokens make a step.
+"""
+
+# B batch, T tokens, N = B * T, D d_model, V vocabulary, E experts
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .model import ThinkerLM
+
+IGNORE = -100  # a target that doesn't count, as everywhere in torch
+ROWS_AT_ONCE = 1024
+
+
+class LossParts(NamedTuple):
+    """Scalars: the sum of the tokens' losses in nats, how many tokens counted, the mean balance loss of the layers."""
+
+    total: Tensor
+    tokens: Tensor
+    balance: Tensor
+
+
+class NextTokenLoss(nn.Module):
+    """A model together with its loss."""
+
+    def __init__(self, model: ThinkerLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        tokens: Tensor | None,
+        targets: Tensor,
+        *,
+        embeddings: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> LossParts:
+        """tokens (B, T) or embeddings (B, T, D), targets (B, T) with -100 where nothing is asked."""
+        hidden, router_logits = self.model.features(
+            tokens, embeddings=embeddings, attention_mask=attention_mask, return_router=True
+        )
+        assert isinstance(hidden, Tensor)
+        total = cross_entropy_sum(hidden.flatten(0, 1), self.model.head.weight, targets.flatten())
+        balance = balance_loss(tuple(router_logits), attention_mask, self.model.config.num_experts_per_tok)
+        return LossParts(total, (targets != IGNORE).sum(), balance.to(total.device))
+
+
+def cross_entropy_sum(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """Sum of -log p(target) over hidden (N, D) through the head (V, D), without ever holding all logits."""
+    if torch.is_grad_enabled():
+        return _ChunkedCrossEntropy.apply(hidden, head, targets)
+    chunks = zip(hidden.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE), strict=True)
+    return torch.stack([_chunk_loss(F.linear(rows, head), wanted)[0] for rows, wanted in chunks]).sum()
+
+
+def _chunk_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of a chunk of rows, and what its gradient needs: logits wide enough, and their log-sum-exp."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_sum = logits.logsumexp(dim=-1)  # (rows,)
+    counted = targets != IGNORE
+    chosen = logits.gather(-1, targets.clamp(min=0)[:, None]).squeeze(-1)
+    return torch.where(counted, log_sum - chosen, 0).sum(), logits, log_sum
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Computes the gradients together with the loss, chunk by chunk, while the chunk's logits are at hand.
+
+    The loss is a scalar, so its gradients only have to be multiplied by one number later.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        hidden_grads = []
+        head_grad = torch.zeros_like(head)
+        for rows, wanted in zip(hidden.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE), strict=True):
+            loss, logits, log_sum = _chunk_loss(F.linear(rows, head), wanted)
+            total = total + loss
+            # d loss / d logits = softmax - one_hot(target), zero where nothing was asked
+            index = torch.arange(logits.shape[-1], device=logits.device)
+            error = (logits - log_sum[:, None]).exp() - (index == wanted[:, None]).to(logits.dtype)
+            error = torch.where((wanted != IGNORE)[:, None], error, 0).to(rows.dtype)
+            hidden_grads.append(error @ head)
+            head_grad = head_grad + error.T @ rows
+        ctx.save_for_backward(torch.cat(hidden_grads).to(hidden.dtype), head_grad)
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
+        hidden_grad, head_grad = ctx.saved_tensors
+        return hidden_grad * upstream.to(hidden_grad.dtype), head_grad * upstream.to(head_grad.dtype), None
+
+
+def balance_loss(router_logits: tuple[Tensor, ...], attention_mask: Tensor | None, chosen_per_token: int) -> Tensor:
+    """Switch's load-balancing loss (arXiv 2101.03961), averaged over layers: 1 when all experts get equal shares.
+
+    Of each layer's router logits (B, T, E): E * sum over e of (share of choices that fell on e) * (mean probability of
+    e). Per layer first, then the mean; padding, 0 in attention_mask (B, T), is left out.
+    """
+    if not router_logits:
+        return torch.zeros(())
+    losses = []
+    for logits in router_logits:
+        flat = logits.flatten(0, -2)  # (N, E)
+        experts = flat.shape[-1]
+        probabilities = flat.to(torch.promote_types(flat.dtype, torch.float32)).softmax(dim=-1)
+        chosen = F.one_hot(flat.topk(chosen_per_token, dim=-1).indices, experts).sum(dim=1).to(probabilities.dtype)
+        real = probabilities.new_ones(len(flat), 1)
+        if attention_mask is not None:
+            real = attention_mask.reshape(-1, 1).to(probabilities.dtype)
+        tokens = real.sum()
+        share = (chosen * real).sum(dim=0) / (tokens * chosen_per_token)
+        losses.append(experts * (share * (probabilities * real).sum(dim=0) / tokens).sum())
+    return torch.stack(losses).mean()
