@@ -7,6 +7,7 @@ else by accident, and that no dimension is so small that a mistake could hide.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,10 @@ from thinker.config import RopeScaling, ThinkerConfig
 
 if TYPE_CHECKING:  # a test of what needs no torch shall not wait for it
     from thinker.model import ThinkerLM
+
+# Read once, when torch loads its OpenMP. Threads that wait by spinning make thousands of tiny products some fifteen
+# times slower as soon as another process wants a core; sleeping ones do the same sums.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 SMALL = {"vocab_size": 61, "n_layers": 3, "d_model": 32, "n_heads": 4, "d_ff": 48, "ctx_len": 48}
 

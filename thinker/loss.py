@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .model import ThinkerLM
 
@@ -48,9 +49,20 @@ class NextTokenLoss(nn.Module):
             tokens, embeddings=embeddings, attention_mask=attention_mask, return_router=True
         )
         assert isinstance(hidden, Tensor)
+        check_targets(targets, hidden, self.model.config.vocab_size)
         total = cross_entropy_sum(hidden.flatten(0, 1), self.model.head.weight, targets.flatten())
         balance = balance_loss(tuple(router_logits), attention_mask, self.model.config.num_experts_per_tok)
         return LossParts(total, (targets != IGNORE).sum(), balance.to(total.device))
+
+
+def check_targets(targets: Tensor, hidden: Tensor, vocab_size: int) -> None:
+    """Raise `ValueError` for targets that are not one a position, or no ids; values only where reading them is free."""
+    if targets.shape != hidden.shape[:2]:
+        raise ValueError(f"targets are {tuple(targets.shape)}, the input is {tuple(hidden.shape[:2])}: give one each")
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = targets[(targets != IGNORE) & ((targets < 0) | (targets >= vocab_size))]
+        if len(wrong):
+            raise ValueError(f"target {int(wrong[0])} is outside the vocabulary of {vocab_size}, and not {IGNORE}")
 
 
 def cross_entropy_sum(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
@@ -94,6 +106,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
         hidden_grad, head_grad = ctx.saved_tensors
         return hidden_grad * upstream.to(hidden_grad.dtype), head_grad * upstream.to(head_grad.dtype), None
