@@ -1,0 +1,275 @@
+"""Text to tokens on disk, once: two memory-mapped files, training and held out, in bounded memory whatever the size.
+
+They are kept in the cache folder under a hash of what they were made from (sources, tokenizer, version of the format)
+and are reused when that is unchanged. A tokenizer is trained here when none is given, on a sample of the training side.
+Which text that is, `sources.py` says; how tokens are cut into batches, `batches.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from rich.console import Console
+
+from ..tokenizer import KINDS, Tokenizer
+from .sources import Document, Sources, Split, byte_bar, cache_folder, open_sources
+
+FORMAT = 1  # part of every key: raise it when the same text would give other files
+SAMPLE_CHARACTERS = 16_000_000  # a tokenizer is trained on this much at least, if it is there, and at most twice that
+BATCH_CHARACTERS = 1 << 21  # encoded at a time
+BATCH_PIECES = 10_000  # and no more pieces than this, for they may be short
+
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Text as tokens on disk: what to train on, and what is held out. Each document is bos text eos."""
+
+    name: str
+    fingerprint: str  # another one when text or tokenizer is another
+    folder: Path
+    tokenizer: Tokenizer
+    train: np.ndarray  # (N,) uint16 or uint32, memory-mapped, read-only
+    valid: np.ndarray
+    train_documents: int
+    valid_documents: int
+    train_bytes: int  # of text, in UTF-8
+    valid_bytes: int
+
+    def valid_text(self) -> Iterator[bytes]:
+        """The held-out text in UTF-8, in pieces, the documents one after the other with nothing between."""
+        with (self.folder / "valid.txt").open("rb") as file:
+            while piece := file.read(1 << 20):
+                yield piece
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {len(self.train):,} tokens ({self.train_bytes / 1e6:,.1f} MB) to train on, "
+            f"{len(self.valid):,} ({self.valid_bytes / 1e6:,.1f} MB) held out, "
+            f"{self.tokenizer.vocab_size:,} in the vocabulary"
+        )
+
+
+def prepare(
+    data: Sequence[str],
+    tokenizer: Tokenizer | str = "bpe",
+    vocab_size: int = 5000,
+    min_tokens: int = 2,
+    say: Say = lambda line: None,
+) -> Corpus:
+    """The tokens of what `--data` named, made now or found in the cache.
+
+    `tokenizer` is used as it is; or it says what kind to train with at most `vocab_size` tokens, bpe or char; or it is
+    a tokenizer.json, to which the special tokens it lacks are appended. Raises `ValueError` if there are fewer than
+    `min_tokens` tokens to train on, or fewer than two held out.
+    """
+    cache = cache_folder()
+    try:
+        sources = open_sources(data)
+        state = sources.fingerprint()
+        if isinstance(tokenizer, str) and tokenizer in KINDS:
+            tokenizer = _trained(sources, state, tokenizer, vocab_size, cache / "tokenizers")
+            if tokenizer.vocab_size < vocab_size:
+                say(f"{sources.name}: the text yields {tokenizer.vocab_size:,} tokens, not the {vocab_size:,} allowed")
+        elif isinstance(tokenizer, str):
+            tokenizer = Tokenizer.from_file(Path(tokenizer).expanduser(), complete=True)
+        folder = cache / "shards" / _key(state, tokenizer.to_json())
+        corpus = _opened(sources.name, folder, tokenizer)
+        if corpus is None:
+            _build(sources, tokenizer, folder)
+            corpus = _opened(sources.name, folder, tokenizer)
+            assert corpus is not None, folder
+    except OSError as error:
+        raise ValueError(
+            f"{error.filename or cache}: {error.strerror or error} (tokens are kept in {cache}; "
+            "set THINKER_CACHE to have them elsewhere)"
+        ) from None
+    for tokens, needed, where in ((corpus.train, min_tokens, ""), (corpus.valid, 2, " for the held-out part")):
+        if len(tokens) < needed:
+            raise ValueError(
+                f"{corpus.name}: {len(tokens):,} tokens found{where}, at least {needed:,} needed: "
+                "give more text, or lower ctx_len"
+            )
+    say(str(corpus))
+    return corpus
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """Some of a corpus: the tokens, the pieces of text they are of, and how many documents end in it."""
+
+    tokens: np.ndarray  # (N,) uint32
+    texts: list[str]
+    documents: int
+
+
+def encode_documents(
+    documents: Iterable[Document], tokenizer: Tokenizer, bos: int | None, eos: int | None
+) -> Iterator[EncodedText]:
+    """Tokens of documents, in order, in bounded batches. A document is `bos` text `eos`; None leaves that one out."""
+    batch: list[tuple[str, bool, bool]] = []
+    pending = 0
+    for marked in _marked_pieces(documents):
+        batch.append(marked)
+        pending += len(marked[0])
+        if pending >= BATCH_CHARACTERS or len(batch) >= BATCH_PIECES:
+            yield _encoded(batch, tokenizer, bos, eos)
+            batch, pending = [], 0
+    if batch:
+        yield _encoded(batch, tokenizer, bos, eos)
+
+
+def _encoded(
+    batch: list[tuple[str, bool, bool]], tokenizer: Tokenizer, bos: int | None, eos: int | None
+) -> EncodedText:
+    texts = [text for text, _, _ in batch]
+    parts: list[Any] = []
+    for (_, begins, ends), ids in zip(batch, tokenizer.encode_batch(texts), strict=True):
+        if begins and bos is not None:
+            parts.append([bos])
+        parts.append(ids)
+        if ends and eos is not None:
+            parts.append([eos])
+    tokens = np.concatenate(parts, dtype=np.uint32, casting="unsafe")
+    return EncodedText(tokens, texts, sum(ends for _, _, ends in batch))
+
+
+def _marked_pieces(documents: Iterable[Document]) -> Iterator[tuple[str, bool, bool]]:
+    """Every piece of text, whether it begins its document, and whether it ends it. Empty documents have none."""
+    for document in documents:
+        pieces = document.read()
+        text, begins = next(pieces, None), True
+        while text is not None:
+            following = next(pieces, None)
+            yield text, begins, following is None
+            text, begins = following, False
+
+
+def _trained(sources: Sources, state: list[Any], kind: str, vocab_size: int, folder: Path) -> Tokenizer:
+    """A tokenizer for these sources; it is kept in `folder` and found there again."""
+    path = folder / f"{_key(state, kind, vocab_size, tokenizers.__version__)}.json"
+    if path.is_file():
+        return Tokenizer.from_file(path)
+    sample = _sample(sources)
+    with Console(stderr=True).status(f"Training a tokenizer ({kind}, up to {vocab_size:,} tokens)"):
+        tokenizer = Tokenizer.train(sample, vocab_size, kind)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        unfinished = Path(temporary) / path.name
+        unfinished.write_text(tokenizer.to_json(), encoding="utf-8")
+        unfinished.replace(path)
+    return tokenizer
+
+
+def _sample(sources: Sources) -> list[str]:
+    """Pieces of the training side, evenly spread over it: all of a small corpus, every n-th piece of a large one."""
+    kept: list[str] = []
+    size, stride = 0, 1
+    with byte_bar("Sampling", sources.size()) as advance:
+        for number, (text, _, _) in enumerate(_marked_pieces(sources.documents("train"))):
+            advance(len(text))
+            if number % stride == 0:
+                kept.append(text)
+                size += len(text)
+            if size > 2 * SAMPLE_CHARACTERS:
+                kept, stride = kept[::2], 2 * stride
+                size = sum(map(len, kept))
+    return kept
+
+
+def _build(sources: Sources, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write beside the final place, sync, rename: the folder is there whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for path in folder.parent.glob("unfinished-*"):  # what a killed process left behind
+        if time.time() - path.stat().st_mtime > 86_400:
+            shutil.rmtree(path, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unfinished-") as temporary:
+        unfinished = Path(temporary) / folder.name
+        unfinished.mkdir()
+        with byte_bar("Tokenizing", sources.size()) as advance:
+            train = _write(sources, "train", tokenizer, unfinished, advance)
+            valid = _write(sources, "valid", tokenizer, unfinished, advance)
+        meta = {"name": sources.name, "train": train, "valid": valid}
+        (unfinished / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            # Another process made the same meanwhile, and its folder is as good.
+
+
+def _write(
+    sources: Sources, split: Split, tokenizer: Tokenizer, folder: Path, advance: Callable[[int], None]
+) -> dict[str, int]:
+    """One side's tokens, and the held-out side's text with them. Returns what meta.json says of it."""
+    dtype = _dtype(tokenizer)
+    tokens = documents = size = 0
+    keep_text = (folder / "valid.txt").open("wb") if split == "valid" else nullcontext()
+    with (folder / f"{split}.bin").open("wb") as token_file, keep_text as text_file:
+        for part in encode_documents(sources.documents(split), tokenizer, tokenizer.bos_id, tokenizer.eos_id):
+            part.tokens.astype(dtype).tofile(token_file)
+            text = "".join(part.texts).encode()
+            if text_file is not None:
+                text_file.write(text)
+            tokens += len(part.tokens)
+            documents += part.documents
+            size += len(text)
+            advance(len(text))
+        token_file.flush()
+        os.fsync(token_file.fileno())
+    return {"tokens": tokens, "documents": documents, "bytes": size}
+
+
+def _opened(name: str, folder: Path, tokenizer: Tokenizer) -> Corpus | None:
+    """A corpus that is there and whole; what is damaged is removed, to be made again."""
+    if not folder.is_dir():
+        return None
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        return Corpus(
+            name=name,
+            fingerprint=folder.name,
+            folder=folder,
+            tokenizer=tokenizer,
+            train=_mapped(folder / "train.bin", tokenizer, meta["train"]["tokens"]),
+            valid=_mapped(folder / "valid.bin", tokenizer, meta["valid"]["tokens"]),
+            train_documents=meta["train"]["documents"],
+            valid_documents=meta["valid"]["documents"],
+            train_bytes=meta["train"]["bytes"],
+            valid_bytes=meta["valid"]["bytes"],
+        )
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        shutil.rmtree(folder)
+        return None
+
+
+def _mapped(path: Path, tokenizer: Tokenizer, count: int) -> np.ndarray:
+    dtype = _dtype(tokenizer)
+    if path.stat().st_size != count * dtype.itemsize:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes where {count} tokens need {count * dtype.itemsize}")
+    # An empty file cannot be mapped.
+    return np.memmap(path, dtype, mode="r", shape=(count,)) if count else np.zeros(0, dtype)
+
+
+def _dtype(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+
+
+def _key(*parts: Any) -> str:
+    """A name for what was made from these JSON values."""
+    return hashlib.sha256(json.dumps([FORMAT, *parts]).encode()).hexdigest()[:32]
