@@ -1,0 +1,96 @@
+"""Decisions about the machine: recorded, reused, and never left behind in the process."""
+
+import shutil
+
+import pytest
+import torch
+
+from thinker.config import ThinkerConfig
+from thinker.loss import NextTokenLoss
+from thinker.model import ThinkerLM
+from thinker.train import decide as room
+from thinker.train.config import TrainConfig
+from thinker.train.decide import Decisions, choose_device, decide, dropout_seed, repeatable
+
+CONFIG = ThinkerConfig(vocab_size=64, n_layers=1, d_model=16, n_heads=2, d_ff=32, ctx_len=16)
+
+
+def one_row():
+    return torch.zeros(1, 16, dtype=torch.long), torch.zeros(1, 16, dtype=torch.long)
+
+
+@pytest.mark.parametrize("faster", ["float32", "bfloat16"])
+def test_precision_is_what_the_probe_found_faster(monkeypatch, faster):
+    """Bug: bfloat16 is taken on a processor where it is twice as slow."""
+    monkeypatch.setattr(room, "probe", lambda module, batch, device, name: 1.0 if name == faster else 2.0)
+    decisions = decide(TrainConfig(steps=10), NextTokenLoss(ThinkerLM(CONFIG)), one_row(), "cpu")
+    assert decisions.precision == faster
+    assert decisions.seconds_per_step == 8.0  # eight rows
+    assert any(faster in reason and "faster" in reason for reason in decisions.reasons)
+
+
+def test_probing_changes_no_parameter():
+    """Bug: the probe's gradients or an update leak into the run, which then depends on the probe."""
+    model = ThinkerLM(CONFIG)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    decide(TrainConfig(steps=10), NextTokenLoss(model), one_row(), "cpu")
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None
+        assert torch.equal(parameter, before[name])
+
+
+@pytest.mark.parametrize(("seconds", "steps", "compiled"), [(1.0, 10, False), (1.0, 1000, True), (0.001, 1000, False)])
+def test_compiling_is_chosen_where_the_run_repays_it(monkeypatch, seconds, steps, compiled):
+    """Bug: a run of ten seconds compiles for half a minute."""
+    monkeypatch.setattr(room, "probe", lambda *_: seconds / 8)
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/g++")
+    run = TrainConfig(steps=steps, precision="float32")
+    assert decide(run, NextTokenLoss(ThinkerLM(CONFIG)), one_row(), "cpu").compile is compiled
+
+
+def test_without_a_compiler_auto_does_without_and_on_says_what_is_missing(monkeypatch):
+    """Bug: torch's own traceback, an hour into the night."""
+    monkeypatch.setattr(room, "probe", lambda *_: 1.0)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    module = NextTokenLoss(ThinkerLM(CONFIG))
+    assert not decide(TrainConfig(steps=10_000, precision="float32"), module, one_row(), "cpu").compile
+    with pytest.raises(ValueError, match=r"no C\+\+ compiler"):
+        decide(TrainConfig(steps=10, precision="float32", compile="on"), module, one_row(), "cpu")
+
+
+def test_decisions_survive_json():
+    """Bug: a resumed run decides anew and is no longer bit for bit the same."""
+    decisions = decide(TrainConfig(steps=3), NextTokenLoss(ThinkerLM(CONFIG)), one_row(), "cpu")
+    assert Decisions.from_json(decisions.to_json()) == decisions
+    assert decisions.versions["torch"] == torch.__version__
+
+
+def test_a_device_that_is_not_there_gets_one_line():
+    """Bug: a traceback from deep inside torch."""
+    with pytest.raises(ValueError, match=r"device is 'nonsense'.*choose cpu") as caught:
+        choose_device("nonsense")
+    assert "\n" not in str(caught.value)
+    assert choose_device("cpu") == "cpu"
+
+
+def test_determinism_ends_with_the_run():
+    """Bug: a library call leaves the whole process in deterministic mode, or on one thread."""
+    threads = torch.get_num_threads()
+    with repeatable(1):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.get_num_threads() == 1
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.get_num_threads() == threads
+
+
+def test_dropout_seeds_differ_in_every_coordinate():
+    """Bug: seed and step are added, so that step 1 of seed 0 repeats step 0 of seed 1."""
+    seeds = {
+        dropout_seed(seed, step, micro, rank)
+        for seed in range(3)
+        for step in range(3)
+        for micro in range(3)
+        for rank in range(3)
+    }
+    assert len(seeds) == 81
+    assert all(0 <= seed < 2**63 for seed in seeds)

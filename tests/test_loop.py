@@ -1,0 +1,315 @@
+"""The training loop and the run it works on: repeatable, resumable, exact."""
+
+import json
+import os
+import signal
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from thinker.checkpoint import training
+from thinker.config import ThinkerConfig
+from thinker.data.batches import Batches
+from thinker.loss import NextTokenLoss
+from thinker.model import ThinkerLM
+from thinker.train import loop
+from thinker.train.config import TrainConfig
+from thinker.train.decide import repeatable
+from thinker.train.loop import Diverged, fit, take_step
+from thinker.train.run import begin, resume
+
+ARCHITECTURE = ThinkerConfig(vocab_size=300, n_layers=2, d_model=32, n_heads=2, d_ff=64, ctx_len=32, dropout=0.1)
+
+
+class Silent:
+    """A watcher that keeps the losses."""
+
+    def __init__(self):
+        self.losses = []
+        self.looks = 0
+
+    def compiling(self, run):
+        pass
+
+    def after_step(self, run, report):
+        self.losses.append(report.loss)
+
+    def validate(self, run):
+        self.looks += 1
+
+    def saved(self, run):
+        pass
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch):
+    monkeypatch.setenv("THINKER_CACHE", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    words = ["alpha", "beta", "gamma", "delta", "eins", "zwei", "drei", "über"]
+    path = tmp_path / "words.txt"
+    path.write_text("\n".join(" ".join(rng.choice(words, 9)) for _ in range(800)), encoding="utf-8")
+    return path
+
+
+def settings(text, out, **changes):
+    values = {"data": (str(text),), "out": out, "steps": 6, "batch_size": 4, "precision": "float32", "compile": "off"}
+    return TrainConfig.model_validate(values | changes)
+
+
+def quiet(line):
+    pass
+
+
+def train(text, out, architecture=ARCHITECTURE, **changes):
+    with repeatable(None):
+        run = begin(architecture, settings(text, out, **changes), set(), quiet)
+        watcher = Silent()
+        fit(run, watcher)
+    return run, watcher
+
+
+def weights(run):
+    return {name: p.detach().clone() for name, p in run.model.named_parameters()}
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), f"{name} differs by {(first[name] - second[name]).abs().max()}"
+
+
+def test_it_learns(text, tmp_path):
+    """Bug: gradients never reach the weights, or the schedule never leaves zero."""
+    _, watcher = train(text, tmp_path / "run", steps=60, lr=1e-2)
+    assert watcher.losses[0] == pytest.approx(np.log(300), abs=0.15)  # a zero head guesses uniformly
+    assert watcher.losses[-1] < 3.0
+
+
+@pytest.mark.parametrize("options", [{}, {"optimizer": "adamw"}, {"accumulate": 2, "checkpoint_activations": True}])
+def test_a_run_repeats_bit_for_bit(text, tmp_path, options):
+    """Bug: dropout, order or an uninitialised buffer depends on what ran before."""
+    first, _ = train(text, tmp_path / "a", **options)
+    torch.rand(7)  # whatever another computation does to the global generator
+    second, _ = train(text, tmp_path / "b", **options)
+    assert_same(weights(first), weights(second))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ({}, {}),
+        ({}, {"optimizer": "adamw", "accumulate": 2}),
+        ({"use_moe": True, "num_experts": 4}, {}),
+        ({"use_qk_norm": True, "use_gqa": True, "layer_scale": 0.1}, {}),
+        ({"tie_embeddings": True}, {}),
+    ],
+)
+def test_save_and_resume_equals_going_on(text, tmp_path, architecture, options, monkeypatch):
+    """Bug: batches start anew, dropout's generator is restored and then advanced, an optimiser loses its state."""
+    config = ARCHITECTURE.changed(**architecture)
+    whole, watched = train(text, tmp_path / "whole", config, **options)
+
+    stopped = Silent()
+    stopped.after_step = lambda run, report: run.step == 3 and os.kill(os.getpid(), signal.SIGINT)
+    with repeatable(None):
+        run = begin(config, settings(text, tmp_path / "parts", **options), set(), quiet)
+        assert fit(run, stopped) == signal.SIGINT
+        assert run.step == 3
+        goes_on = resume(ARCHITECTURE, settings(text, tmp_path / "parts"), {"out"}, quiet)
+        assert goes_on.step == 3
+        rest = Silent()
+        fit(goes_on, rest)
+    assert_same(weights(whole), weights(goes_on))
+    assert rest.losses == watched.losses[3:]
+
+
+@pytest.mark.slow
+def test_compiled_training_repeats_and_resumes_bit_for_bit(text, tmp_path):
+    """Bug: compiled code on two threads reads uninitialised memory or adds in another order every time."""
+    options = {"compile": "on", "precision": "bfloat16"}
+    whole, _ = train(text, tmp_path / "whole", **options)
+    again, _ = train(text, tmp_path / "again", **options)
+    assert_same(weights(whole), weights(again))
+    stopped = Silent()
+    stopped.after_step = lambda run, report: run.step == 3 and os.kill(os.getpid(), signal.SIGINT)
+    with repeatable(None):
+        fit(begin(ARCHITECTURE, settings(text, tmp_path / "parts", **options), set(), quiet), stopped)
+        goes_on = resume(ARCHITECTURE, settings(text, tmp_path / "parts"), {"out"}, quiet)
+        fit(goes_on, Silent())
+    assert_same(weights(whole), weights(goes_on))
+
+
+def test_accumulation_weighs_ragged_rows_by_their_tokens(text, tmp_path, monkeypatch):
+    """Bug: a mean of micro-batch means, which gives short rows too much weight."""
+    architecture = ARCHITECTURE.changed(dropout=0.0)
+
+    class Ragged(Batches):
+        def batch(self, k):
+            inputs, targets = super().batch(k)
+            targets = targets.copy()
+            for row in range(len(targets)):
+                targets[row, : 9 * row] = -100
+            return inputs, targets
+
+    gradients = []
+    for accumulate, rows in ((1, 4), (2, 2), (4, 1)):
+        with repeatable(None):
+            options = settings(text, tmp_path / f"run{accumulate}", batch_size=rows, accumulate=accumulate, clip=1e9)
+            run = begin(architecture, options, set(), quiet)
+        torch.manual_seed(5)
+        with torch.no_grad():
+            for parameter in run.model.parameters():
+                parameter.normal_(std=0.1)
+        run.model.double()
+        run.batches = Ragged(run.corpus.train, 4, 32, 0)
+        kept = {}
+        for optimizer in run.optimizers:
+            monkeypatch.setattr(optimizer, "step", lambda *_: None)
+            monkeypatch.setattr(
+                optimizer,
+                "zero_grad",
+                lambda run=run, kept=kept, **_: kept.update(
+                    {name: p.grad.clone() for name, p in run.model.named_parameters() if p.grad is not None}
+                ),
+            )
+        loss, _, _ = take_step(run, run.module, 1.0)
+        gradients.append((loss, kept))
+    for loss, kept in gradients[1:]:
+        assert loss == pytest.approx(gradients[0][0], rel=1e-12)
+        assert kept.keys() == gradients[0][1].keys() == dict(run.model.named_parameters()).keys()
+        for name, gradient in kept.items():
+            torch.testing.assert_close(gradient, gradients[0][1][name], rtol=1e-9, atol=1e-12)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(text, tmp_path):
+    """Bug: NaN weights overwrite the last good checkpoint."""
+    watcher = Silent()
+
+    def poison(run, report):
+        if run.step == 2:
+            run.save()
+            with torch.no_grad():
+                run.model.tok_emb.weight.fill_(float("nan"))
+
+    watcher.after_step = poison
+    with repeatable(None):
+        run = begin(ARCHITECTURE, settings(text, tmp_path / "run"), set(), quiet)
+        with pytest.raises(Diverged, match=r"step 3: the loss is nan at learning rates .* try"):
+            fit(run, watcher)
+    newest = training.latest(tmp_path / "run")
+    assert newest is not None
+    saved = training.load(newest)
+    assert saved.step == 2
+    assert np.isfinite(saved.parameters["tok_emb.weight"]).all()
+
+
+def test_a_new_run_never_overwrites_an_old_one(text, tmp_path):
+    """Bug: a forgotten --out destroys last night's model."""
+    train(text, tmp_path / "run", steps=1)
+    with pytest.raises(ValueError, match=r"already holds a run.*--resume.*--out"):
+        begin(ARCHITECTURE, settings(text, tmp_path / "run"), set(), quiet)
+
+
+def test_resume_refuses_what_would_steer_other_steps(text, tmp_path):
+    """Bug: a changed learning rate or a changed text is silently accepted and the run is no longer itself."""
+    train(text, tmp_path / "run", steps=2)
+    with pytest.raises(ValueError, match=r"seed is 0 in this run"):
+        resume(ARCHITECTURE, settings(text, tmp_path / "run", seed=1), {"out", "seed"}, quiet)
+    with pytest.raises(ValueError, match="holds no state"):
+        resume(ARCHITECTURE, settings(text, tmp_path / "nowhere"), {"out"}, quiet)
+    longer = resume(ARCHITECTURE, settings(text, tmp_path / "run", steps=9), {"out", "steps"}, quiet)
+    assert (longer.step, longer.settings.steps, longer.progress()) == (2, 9, 2 / 9)
+    text.write_text(text.read_text(encoding="utf-8") + "more\n" * 50, encoding="utf-8")
+    with pytest.raises(ValueError, match="has changed since"):
+        resume(ARCHITECTURE, settings(text, tmp_path / "run"), {"out"}, quiet)
+
+
+def test_init_starts_from_a_models_exact_weights_and_tokenizer(text, tmp_path):
+    """Bug: fine-tuning starts from folded or freshly drawn weights, or trains a new tokenizer over old embeddings."""
+    first, _ = train(text, tmp_path / "first", ARCHITECTURE.changed(layer_scale=0.3))
+    with repeatable(None):
+        second = begin(
+            ARCHITECTURE.changed(dropout=0.0),
+            settings(text, tmp_path / "second", init=str(tmp_path / "first")),
+            {"dropout"},
+            quiet,
+        )
+    assert second.config == first.config.changed(dropout=0.0)
+    assert_same(weights(first), weights(second))
+    assert second.tokenizer.to_json() == first.tokenizer.to_json()
+    with pytest.raises(ValueError, match=r"d_model is 32 there and 64 was asked for"):
+        begin(
+            ARCHITECTURE.changed(d_model=64),
+            settings(text, tmp_path / "third", init=str(tmp_path / "first")),
+            {"d_model"},
+            quiet,
+        )
+
+
+def test_the_published_view_is_the_model(text, tmp_path):
+    """Bug: what others open is an older step, or the unfolded layer scale."""
+    from thinker.formats import open_model
+    from thinker.train.run import load_parameters
+
+    run, _ = train(text, tmp_path / "run", ARCHITECTURE.changed(layer_scale=0.3, dropout=0.0))
+    files = open_model(tmp_path / "run")
+    published = ThinkerLM(files.config)
+    load_parameters(published, files.tensors)
+    tokens = torch.randint(0, 300, (2, 32))
+    with torch.no_grad():
+        ours = run.model.eval()(tokens)
+        torch.testing.assert_close(published.eval()(tokens), ours, rtol=0, atol=1e-5 * float(ours.abs().max()))
+
+
+def test_metrics_and_states_hold_what_they_say(text, tmp_path):
+    """Bug: a state without what going on needs."""
+    run, _ = train(text, tmp_path / "run", steps=3, keep=1)
+    states = list((tmp_path / "run" / "training").iterdir())
+    assert [path.name for path in states] == ["step-00000003"]
+    state = json.loads((states[0] / "state.json").read_text(encoding="utf-8"))
+    assert state["tokens"] == 3 * 4 * 32
+    assert state["decisions"]["precision"] == "float32"
+    assert state["settings"]["batch_size"] == 4
+    assert run.config.vocab_size == run.tokenizer.vocab_size < 300 or run.config.vocab_size == 300
+
+
+def test_interruption_needs_the_main_thread_only_for_signals(text, tmp_path):
+    """Bug: training inside a notebook's or a server's thread fails because signal handlers can't be set there."""
+    outcome = []
+    thread = threading.Thread(target=lambda: outcome.append(train(text, tmp_path / "run", steps=2)[0].step))
+    thread.start()
+    thread.join()
+    assert outcome == [2]
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    """Bug: a run that hangs can't be stopped."""
+    with loop.until_interrupted() as interruption:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interruption.signal == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_checkpointed_activations_leave_gradients_as_they_are():
+    """Bug: recomputation draws other dropout, or drops the cache argument."""
+    from thinker.train.memory import checkpoint_activations
+
+    config = ARCHITECTURE
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = ThinkerLM(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=0.1)
+        if recompute:
+            checkpoint_activations(model)
+        tokens = torch.randint(0, 300, (2, 32))
+        torch.manual_seed(1)
+        NextTokenLoss(model)(tokens, tokens).total.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert_same(*gradients)

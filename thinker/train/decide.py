@@ -1,0 +1,169 @@
+"""What a run decides about the machine it finds: device, precision, compiling, threads.
+
+Each decision is made once, recorded in the run's exact state, and reused when it resumes: bit-for-bit repetition needs
+the same ones. Timing is the only way to know whether a processor is fast in bfloat16, so that one is timed.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..loss import LossParts, NextTokenLoss
+from .config import TrainConfig
+
+Precision = Literal["float32", "bfloat16", "float16"]
+DTYPES: dict[Precision, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+# A compiled step takes about two thirds of the time; compiling, some 25 seconds.
+COMPILE_PAYS_AFTER = 120.0  # seconds of training still to come
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What holds for the whole run, with the reasons a person is shown."""
+
+    device: str
+    precision: Precision
+    compile: bool
+    threads: int
+    seconds_per_step: float  # as probed, before compiling
+    reasons: tuple[str, ...]
+    versions: dict[str, str]
+
+    def autocast(self) -> torch.autocast:
+        """The context in which the forward runs."""
+        dtype = DTYPES[self.precision]
+        return torch.autocast(torch.device(self.device).type, dtype, enabled=self.precision != "float32")
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Decisions:
+        """The decisions of an earlier process. Raises `ValueError` when this machine lacks the device."""
+        decisions = cls(**{**values, "reasons": tuple(values["reasons"])})
+        check_device(decisions.device)
+        return decisions
+
+
+def choose_device(wanted: str) -> str:
+    """The device by name; auto takes an accelerator when there is one."""
+    if wanted != "auto":
+        check_device(wanted)
+        return wanted
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(name: str) -> None:
+    """Raise `ValueError` unless the device exists here."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device is {name!r}, which can't be used here ({reason}): choose cpu") from None
+
+
+def decide(run: TrainConfig, module: NextTokenLoss, one_row: tuple[Tensor, Tensor], device: str) -> Decisions:
+    """Probe the machine with one row of a batch and settle everything that the run's settings leave open."""
+    threads = torch.get_num_threads()
+    reasons = []
+    rows = run.batch_size * run.accumulate
+    if run.precision != "auto":
+        precision: Precision = run.precision
+        seconds = rows * probe(module, one_row, device, precision)
+    elif device != "cpu":
+        precision = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+        seconds = rows * probe(module, one_row, device, precision)
+        reasons.append(f"{precision}: what this accelerator is built for")
+    else:
+        timed: dict[Precision, float] = {
+            name: rows * probe(module, one_row, device, name) for name in ("float32", "bfloat16")
+        }
+        precision = min(timed, key=lambda name: timed[name])
+        seconds = timed[precision]
+        both = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in timed.items())
+        reasons.append(f"{precision}: faster in a probe of two steps each ({both} a step)")
+
+    limit_steps, limit_seconds = run.limit
+    ahead = limit_seconds if limit_seconds is not None else (limit_steps or 0) * seconds
+    possible = device != "cpu" or shutil.which(os.environ.get("CXX", "g++")) is not None
+    if run.compile == "auto":
+        compiled = ahead > COMPILE_PAYS_AFTER and possible
+        why = f"the run lasts some {ahead:,.0f} s" if possible else "no C++ compiler was found"
+        reasons.append(f"{'compiled' if compiled else 'not compiled'}: {why}")
+    else:
+        compiled = run.compile == "on"
+        if compiled and not possible:
+            raise ValueError("compile is 'on', but no C++ compiler (g++) was found: install one, or use --compile off")
+    return Decisions(device, precision, compiled, threads, seconds, tuple(reasons), versions())
+
+
+def probe(module: NextTokenLoss, batch: tuple[Tensor, Tensor], device: str, precision: Precision) -> float:
+    """Seconds of one forward and backward, the faster of two. Parameters stay as they are."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        with torch.autocast(torch.device(device).type, DTYPES[precision], enabled=precision != "float32"):
+            parts: LossParts = module(*batch)
+        parts.total.backward()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    seconds = min(once(), once())
+    module.zero_grad(set_to_none=True)
+    return seconds
+
+
+@contextmanager
+def repeatable(threads: int | None) -> Iterator[None]:
+    """Deterministic algorithms inside the block, and the number of threads; as it was before, after it."""
+    # cuBLAS needs a workspace of fixed size to be deterministic, and reads this when it starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+        torch.get_num_threads(),
+    )
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]  # type: ignore[attr-defined]
+        torch.set_num_threads(before[2])
+
+
+def dropout_seed(seed: int, step: int, micro: int, rank: int = 0) -> int:
+    """One 63-bit number for all four, so that dropout depends on where it is drawn and on nothing before it."""
+    return int(np.random.SeedSequence((seed, step, micro, rank)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def versions() -> dict[str, str]:
+    """What the bits of a run may depend on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "machine": platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }

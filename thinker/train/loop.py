@@ -1,0 +1,174 @@
+"""The one training loop.
+
+A step is: batch k as a function of the seed and k, forward and backward for each micro-batch, one clip, one update.
+What a run consists of and how it is saved is in `train/run.py`; what a person sees of it, in `train/report.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..loss import IGNORE, LossParts
+from .decide import dropout_seed
+from .optim import rate, set_rate
+from .run import Run
+
+
+class Diverged(Exception):
+    """The loss or the gradient is NaN or infinite; the message says where and what to try."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step came to."""
+
+    step: int  # steps done, this one included
+    loss: float  # nats per token, before the step
+    balance: float
+    grad_norm: float  # before clipping
+    lr: float
+    tokens: int
+    seconds: float
+    progress: float  # share of the run that is done
+
+
+class Watcher(Protocol):
+    """Who is told how training goes. Time spent in these calls doesn't count as training."""
+
+    def compiling(self, run: Run) -> None:
+        """Called before the step is compiled, which takes about half a minute."""
+
+    def after_step(self, run: Run, report: StepReport) -> None:
+        """Called after every step."""
+
+    def validate(self, run: Run) -> None:
+        """Called when it is time to look at held-out text."""
+
+    def saved(self, run: Run) -> None:
+        """Called when the run's state has been written."""
+
+
+@dataclass
+class Interruption:
+    """The signal that asked the run to end, if one did."""
+
+    signal: int | None = None
+
+
+@contextmanager
+def until_interrupted() -> Iterator[Interruption]:
+    """Let the step at hand finish after the first Ctrl-C or SIGTERM; the second one ends at once."""
+    interruption = Interruption()
+    if threading.current_thread() is not threading.main_thread():  # Only the main thread may set signal handlers.
+        yield interruption
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if interruption.signal is not None:
+            raise KeyboardInterrupt
+        interruption.signal = number
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interruption
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def fit(run: Run, watcher: Watcher) -> int | None:
+    """Train until the run's limit and save. Returns the signal that ended it early, None when it is complete.
+
+    Raises `Diverged` without saving what has become useless.
+    """
+    settings = run.settings
+    step_module = torch.compile(run.module) if run.decisions.compile else run.module
+    saved = validated = run.seconds
+    with until_interrupted() as interruption:
+        if run.decisions.compile:
+            watcher.compiling(run)
+            warm_up(run, step_module)
+        while (progress := run.progress()) < 1 and interruption.signal is None:
+            start = time.perf_counter()
+            share = rate(progress, schedule=settings.schedule, warmup=settings.warmup)
+            loss, balance, norm = take_step(run, step_module, share)
+            elapsed = time.perf_counter() - start
+            run.step += 1
+            run.seconds += elapsed
+            tokens = settings.batch_size * settings.accumulate * run.config.ctx_len
+            run.tokens += tokens
+            report = StepReport(
+                run.step, loss, balance, norm, share * settings.lr, tokens, elapsed, min(1.0, run.progress())
+            )
+            watcher.after_step(run, report)
+            if run.seconds - saved >= settings.save_every:
+                run.save()
+                watcher.saved(run)
+                saved = run.seconds
+            if run.seconds - validated >= settings.validate_every:
+                watcher.validate(run)
+                validated = run.seconds
+        run.save()
+        watcher.saved(run)
+    return interruption.signal
+
+
+def warm_up(run: Run, module: Callable[..., LossParts]) -> None:
+    """Compile forward and backward on the next batch, outside the run's clock; parameters stay as they are."""
+    inputs, targets = run.batches.batch(run.step)
+    with run.decisions.autocast():
+        parts = module(next(_split(inputs, run)), next(_split(targets, run)))
+    parts.total.backward()
+    run.module.zero_grad(set_to_none=True)
+
+
+def take_step(run: Run, module: Callable[..., LossParts], share: float) -> tuple[float, float, float]:
+    """One update at this share of the peak rates: loss per token, balance loss, norm of the gradient."""
+    settings, device = run.settings, run.decisions.device
+    inputs, targets = run.batches.batch(run.step)
+    counted = int((targets != IGNORE).sum())
+    total = balance = torch.zeros((), device=device)
+    micro_batches = zip(_split(inputs, run), _split(targets, run), strict=True)
+    for micro, (rows, wanted) in enumerate(micro_batches):
+        torch.manual_seed(dropout_seed(settings.seed, run.step, micro))
+        with run.decisions.autocast():
+            parts = module(rows, wanted)
+        # Sums over the step's tokens, so that ragged micro-batches weigh as one batch would.
+        objective = (parts.total + run.config.balance_loss * parts.balance * parts.tokens) / counted
+        run.scaler.scale(objective).backward()
+        total = total + parts.total.detach()
+        balance = balance + parts.balance.detach() * parts.tokens
+    loss = float(total) / counted
+    for optimizer in run.optimizers:
+        run.scaler.unscale_(optimizer)
+    norm = float(torch.nn.utils.clip_grad_norm_(run.model.parameters(), settings.clip))
+    # With float16 a scaler skips steps whose scaled gradient overflowed; that is no divergence.
+    if not math.isfinite(loss) or not (math.isfinite(norm) or run.scaler.is_enabled()):
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the loss is {loss:.3f}, but its gradient {norm}"
+        raise Diverged(
+            f"step {run.step + 1}: {what} at learning rates {share * settings.lr:.2g} (AdamW) and "
+            f"{share * settings.muon_lr:.2g} (Muon): try half of them, a longer --warmup, or --precision float32"
+        )
+    set_rate(run.optimizers, share)
+    for optimizer in run.optimizers:
+        run.scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    run.scaler.update()
+    return loss, float(balance) / counted, norm
+
+
+def _split(rows: np.ndarray, run: Run) -> Iterator[Tensor]:
+    for part in np.split(rows, run.settings.accumulate):
+        yield torch.from_numpy(part).to(run.decisions.device)

@@ -1,0 +1,170 @@
+"""The optimisers: Muon for the hidden matrices, AdamW for the rest, and the schedule of their learning rates.
+
+Which hyperparameters a run uses is decided in `train/config.py`; when a step is taken, in `train/loop.py`.
+"""
+
+# M matrices of one shape, R rows, C columns
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Schedule = Literal["linear", "cosine", "constant"]
+
+# Five steps of the Polar Express (arXiv 2505.16932, table of coefficients for a lower bound of 1e-3, safety 2 %): the
+# odd polynomials a x + b x³ + c x⁵ that together bring every singular value closest to 1.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """Roughly the nearest orthogonal matrix to each of (M, R, C), in dtype: singular values become about 1."""
+    R, C = matrices.shape[-2:]
+    x = (matrices.mT if R > C else matrices).to(dtype)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
+    for a, b, c in POLAR_EXPRESS:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if R > C else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalised (Jordan et al., kellerjordan.github.io/posts/muon), for matrices.
+
+    Matrices of equal shape are orthogonalised in one batch. A parameter (E, R, C) counts as E matrices; one with
+    `parts` in its group, (parts * R, C), as that many.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "parts": 1})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor, dict[str, Any]]]] = defaultdict(list)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+                update = parameter.grad.lerp(momentum, group["momentum"])  # Nesterov's look ahead
+                matrices = update.view(-1, parameter.shape[-2] // group["parts"], parameter.shape[-1])
+                by_shape[matrices.shape[-2], matrices.shape[-1]].append((parameter, matrices, group))
+        for (rows, columns), entries in by_shape.items():
+            updates = orthogonalise(torch.cat([matrices for _, matrices, _ in entries]), self.dtype)
+            shares = updates.split([len(matrices) for _, matrices, _ in entries])
+            for (parameter, _, group), update in zip(entries, shares, strict=True):
+                lr = group["lr"]
+                parameter.mul_(1 - lr * group["weight_decay"])
+                parameter.add_(update.reshape(parameter.shape).to(parameter.dtype), alpha=-lr * _stretch(rows, columns))
+
+
+def _stretch(rows: int, columns: int) -> float:
+    """A tall update moves each output as much as a square one does."""
+    return math.sqrt(max(1.0, rows / columns))
+
+
+def hidden_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What Muon trains: the matrices inside the blocks, but the router, which is a head of its own kind."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name.startswith("blocks.") and parameter.dim() >= 2 and ".router." not in name
+    }
+
+
+def build_optimizers(
+    model: nn.Module,
+    *,
+    optimizer: Literal["muon", "adamw"],
+    lr: float,
+    muon_lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    muon_dtype: torch.dtype,
+) -> list[torch.optim.Optimizer]:
+    """Muon on the hidden matrices and AdamW on the rest, or AdamW alone. Vectors and the embedding never decay."""
+    matrices = hidden_matrices(model)
+    rest = {name: p for name, p in model.named_parameters() if name not in matrices}
+    built: list[torch.optim.Optimizer] = []
+    groups = [{"params": list(rest.values()), "weight_decay": 0.0}]
+    if optimizer == "muon":
+        fused = [p for name, p in matrices.items() if name.endswith("qkv.weight")]
+        single = [p for name, p in matrices.items() if not name.endswith("qkv.weight")]
+        muon_groups = [{"params": params, "parts": parts} for params, parts in ((single, 1), (fused, 3)) if params]
+        built.append(Muon(muon_groups, lr=muon_lr, weight_decay=weight_decay, dtype=muon_dtype))
+    else:
+        groups.append({"params": list(matrices.values()), "weight_decay": weight_decay})
+    built.append(torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-10, fused=True))
+    for group in (group for built_one in built for group in built_one.param_groups):
+        group["peak_lr"] = group["lr"]
+    return built
+
+
+def rate(progress: float, *, schedule: Schedule, warmup: float) -> float:
+    """The share of the peak learning rate at `progress` (0 to 1) of the run; warm-up takes its first `warmup` share.
+
+    Linear to zero is the default (arXiv 2502.15938); cosine ends at a tenth, as nanoGPT has it.
+    """
+    if progress < warmup:
+        return progress / warmup
+    after = (progress - warmup) / (1 - warmup)
+    if schedule == "constant":
+        return 1.0
+    if schedule == "linear":
+        return 1 - after
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * after))
+
+
+def set_rate(optimizers: Iterable[torch.optim.Optimizer], share: float) -> None:
+    """Set every group's learning rate to this share of its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * share
+
+
+def optimizer_tensors(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """The optimisers' state under the parameters' names: `blocks.0.attn.qkv.weight/momentum` and so on."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[parameter]}/{key}": value
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def restore_optimizers(
+    model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], tensors: dict[str, Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` gave. Raises `ValueError` when it belongs to another model or optimiser."""
+    parameters = dict(model.named_parameters())
+    owner = {parameter: built for built in optimizers for group in built.param_groups for parameter in group["params"]}
+    for path, tensor in tensors.items():
+        name, _, key = path.rpartition("/")
+        if name not in parameters:
+            raise ValueError(f"the optimiser's state names {name!r}, which this model lacks")
+        parameter = parameters[name]
+        owner[parameter].state[parameter][key] = tensor.to(parameter.device) if tensor.dim() else tensor
