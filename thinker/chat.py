@@ -1,0 +1,263 @@
+"""Messages to token ids and back: chat templates in Jinja, rendered in a sandbox.
+
+Only the template's own scaffolding becomes control tokens; what people wrote stays text, even if it reads `<|end|>`.
+The trouble is that a template may trim, cut or rearrange contents, so their place in the result is unknown. Therefore
+every control token's name inside a content is broken by a character that occurs nowhere else; names that are whole
+after rendering are the template's, and the character is taken out again before the text between them is encoded.
+Neither decoding nor stop conditions live here.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
+
+from .tokenizer import ASSISTANT, END, SYSTEM, USER, Tokenizer
+
+Message = Mapping[str, str]
+
+ROLES = ("system", "user", "assistant", "tool")
+ROLE_TOKENS = frozenset({SYSTEM, USER, ASSISTANT, END})  # what the default template needs of a tokenizer
+
+# What this project's own models speak: <|bos|><|user|>Hello<|end|><|assistant|>Hi<|end|>
+DEFAULT_TEMPLATE = (
+    f"{{%- set names = {{'system': '{SYSTEM}', 'user': '{USER}', 'assistant': '{ASSISTANT}'}} -%}}\n"
+    "{{- bos_token -}}\n"
+    "{%- for message in messages -%}\n"
+    "{%- if message.role not in names -%}\n"
+    "{{- raise_exception('the role ' + message.role + ' is unknown: use system, user or assistant') -}}\n"
+    "{%- endif -%}\n"
+    f"{{{{- names[message.role] + message.content + '{END}' -}}}}\n"
+    "{%- endfor -%}\n"
+    f"{{%- if add_generation_prompt -%}}{{{{- '{ASSISTANT}' -}}}}{{%- endif -%}}\n"
+)
+
+
+class ChatFormat:
+    """How a model wants conversations written: its template, over its tokenizer.
+
+    `bos_id` and `eos_id` are what the template calls bos_token and eos_token, by default the tokenizer's. bos comes
+    from the template alone and is never added here. Raises `ValueError` for a template that is no valid Jinja.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: str = DEFAULT_TEMPLATE,
+        bos_id: int | None = None,
+        eos_id: int | None = None,
+    ) -> None:
+        self.tokenizer, self.source = tokenizer, template
+        self._template = _compile(template)
+        self._ids = {_name(tokenizer, id): id for id in tokenizer.control_ids}
+        bos_id = tokenizer.bos_id if bos_id is None else bos_id
+        eos_id = tokenizer.eos_id if eos_id is None else eos_id
+        self._given = {
+            "bos_token": "" if bos_id is None else _name(tokenizer, bos_id),
+            "eos_token": "" if eos_id is None else _name(tokenizer, eos_id),
+        }
+        # Of names that begin alike the longest counts, as with any tokenizer.
+        self._names = "|".join(re.escape(name) for name in sorted(self._ids, key=len, reverse=True)) or r"(?!)"
+
+    def encode(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """The ids of a conversation, with the beginning of the assistant's turn behind it.
+
+        Raises `ValueError` for messages that are none, and for conversations that the template refuses.
+        """
+        guarded, mark = self._guard(messages)
+        text = self._render(guarded, add_generation_prompt)
+        self._check_controls(text, guarded, mark, add_generation_prompt)
+        return self._encode(text, mark)
+
+    def encode_for_training(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        """The ids of a whole conversation, and for each whether it is the assistant's to say.
+
+        Of the scaffolding that is the token that ends its turn, nothing else. Raises `ValueError` as `encode` does, and
+        for a template that writes a turn in another way once others follow.
+        """
+        guarded, mark = self._guard(messages)
+        text = self._render(guarded, add_generation_prompt=False)
+        self._check_controls(text, guarded, mark, add_generation_prompt=False)
+        ids: list[int] = []
+        mask: list[bool] = []
+        done = 0
+        for place, message in enumerate(guarded):
+            if message["role"] != "assistant":
+                continue
+            before = self._render(guarded[:place], add_generation_prompt=True)
+            after = self._render(guarded[: place + 1], add_generation_prompt=False)
+            if not (after.startswith(before) and text.startswith(after)):
+                raise ValueError(
+                    f"message {place + 1}: the chat template writes this turn in another way once others follow, "
+                    "so which tokens are the assistant's can't be told"
+                )
+            # Encoded apart, since that is where generation will begin.
+            prompt, reply = (
+                self._encode(text[done : len(before)], mark),
+                self._encode(text[len(before) : len(after)], mark),
+            )
+            end = max((i + 1 for i, id in enumerate(reply) if id in self.tokenizer.control_ids), default=len(reply))
+            ids += prompt + reply
+            mask += [False] * len(prompt) + [i < end for i in range(len(reply))]
+            done = len(after)
+        rest = self._encode(text[done:], mark)
+        return ids + rest, mask + [False] * len(rest)
+
+    def message(self, ids: Sequence[int]) -> Message:
+        """What the assistant said, as the message to go on with: ids up to the first control id."""
+        said = itertools.takewhile(lambda id: id not in self.tokenizer.control_ids, ids)
+        return {"role": "assistant", "content": self.tokenizer.decode(said)}
+
+    @functools.cached_property
+    def end_id(self) -> int | None:
+        """The control token with which this template ends the assistant's turn, where it has one."""
+        try:
+            ids, mask = self.encode_for_training(
+                [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
+            )
+        except ValueError:  # a template of another kind of conversation
+            return None
+        last = next(id for id, said in zip(reversed(ids), reversed(mask), strict=True) if said)
+        return last if last in self.tokenizer.control_ids else None
+
+    def _guard(self, messages: Sequence[Message]) -> tuple[list[dict[str, str]], str]:
+        """The messages, checked, every control token's name broken behind its first character; and what breaks it."""
+        check_messages(messages)
+        taken = {*self.source, *self._names, *(c for message in messages for c in message["content"])}
+        mark = next(c for c in map(chr, range(0xE000, 0x110000)) if c not in taken)
+        starts = re.compile(f"(?=(?:{self._names}))(.)", re.DOTALL)
+        return [
+            {"role": message["role"], "content": starts.sub(rf"\1{mark}", message["content"])} for message in messages
+        ], mark
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        try:
+            return self._template.render(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                **self._given,
+            )
+        except _Refusal as error:
+            raise ValueError(f"the chat template refuses this conversation: {error}") from None
+        except Exception as error:  # a template is a program from elsewhere, and may raise whatever it likes
+            raise ValueError(f"the chat template fails on this conversation: {type(error).__name__}: {error}") from None
+
+    def _check_controls(self, text: str, guarded: Sequence[Message], mark: str, add_generation_prompt: bool) -> None:
+        """`ValueError` if what people wrote had a say in the control tokens: the contents must not matter for them."""
+        plain = [{**message, "content": "x" if message["content"].strip() else ""} for message in guarded]
+        pattern = self._controls(mark)
+        if pattern.findall(text) != pattern.findall(self._render(plain, add_generation_prompt)):
+            raise ValueError(
+                "the chat template makes control tokens out of what a message says, which is not supported"
+            )
+
+    def _controls(self, mark: str) -> re.Pattern[str]:
+        # A name of one character can't be broken inside: there the mark stands behind it.
+        return re.compile(f"((?:{self._names})(?!{mark}))")
+
+    def _encode(self, text: str, mark: str) -> list[int]:
+        return list(itertools.chain.from_iterable(self._pieces(text, mark)))
+
+    def _pieces(self, text: str, mark: str) -> Iterator[list[int]]:
+        """The ids of each control token and of the plain text between two of them."""
+        for place, piece in enumerate(self._controls(mark).split(text)):
+            if place % 2:
+                yield [self._ids[piece]]
+            elif piece:
+                yield self.tokenizer.encode(piece.replace(mark, ""))
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Raise `ValueError` that says which message is none, and why."""
+    if isinstance(messages, str | Mapping) or not messages:
+        raise ValueError('messages: give a list of at least one {"role": …, "content": …}')
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, Mapping):
+            raise ValueError(f'message {number} is {message!r}: give {{"role": …, "content": …}}')
+        unknown = sorted(message.keys() - {"role", "content"})
+        if unknown:
+            raise ValueError(f"message {number} has the unknown key {unknown[0]!r}: give role and content")
+        if message.get("role") not in ROLES:
+            raise ValueError(f"message {number} has role {message.get('role')!r}: choose among {', '.join(ROLES)}")
+        if not isinstance(message.get("content"), str):
+            raise ValueError(f"message {number} has content {message.get('content')!r}: give a text")
+
+
+def _name(tokenizer: Tokenizer, id: int) -> str:
+    return tokenizer.token_bytes(id).decode("utf-8", "replace")
+
+
+# The dialect of Jinja in which chat templates are written
+
+
+class _Refusal(jinja2.TemplateError):
+    """What a template raises by `raise_exception`."""
+
+
+class _Generation(Extension):
+    """`{% generation %}…{% endgeneration %}`, by which some templates mark the assistant's part: its content."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """Jinja's `namespace`, without attributes that Python itself gives a meaning."""
+
+    def __init__(*args: Any, **values: Any) -> None:
+        for name in dict(*args[1:], **values):
+            _check_attribute(name)
+        jinja2.utils.Namespace.__init__(*args, **values)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_attribute(name)
+        super().__setitem__(name, value)
+
+
+def _check_attribute(name: object) -> None:
+    if str(name).startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace can't have the attribute {name!r}")
+
+
+def _dict(**values: Any) -> dict[str, Any]:
+    return values
+
+
+def _raise(message: str) -> NoReturn:
+    raise _Refusal(str(message))
+
+
+def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
+    # Jinja's own filter would escape <, > and & for web pages.
+    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+
+
+@functools.cache
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.globals = {"raise_exception": _raise, "namespace": _Namespace, "range": safe_range, "dict": _dict}
+    environment.filters["tojson"] = _to_json
+    return environment
+
+
+@functools.lru_cache(maxsize=16)
+def _compile(template: str) -> jinja2.Template:
+    try:
+        return _environment().from_string(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from None

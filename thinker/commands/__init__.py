@@ -1,0 +1,104 @@
+"""The shell: `thinker COMMAND …`, one file a command.
+
+Each command's module has `Options`, a pydantic model whose fields are the flags, and `run(options)`, which returns the
+exit status. It is imported when it is called, so that no command pays for another. This file turns every user's mistake
+into one line on stderr and exit status 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from ..config import explain
+
+COMMANDS = {
+    "train": "train a model on text",
+    "generate": "continue a text",
+    "eval": "loss, perplexity and bits per byte of a text",
+}
+
+USAGE = "usage: thinker COMMAND …\n\n" + "".join(f"  {name:10s} {what}\n" for name, what in COMMANDS.items())
+INTERRUPTED = 130
+
+Parsed = TypeVar("Parsed", bound=BaseModel)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and leave with its exit status: 0 done, 1 failed, 2 a user's mistake, 130 interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE + "\n`thinker COMMAND --help` tells more.")
+        sys.exit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        from .. import __version__
+
+        print(__version__)
+        sys.exit(0)
+    if arguments[0] not in COMMANDS:
+        fail(f"unknown command {arguments[0]!r}: choose among {', '.join(COMMANDS)}")
+    command = importlib.import_module(f".{arguments[0]}", __package__)
+    try:
+        status = command.run(parse(command.Options, arguments[0], arguments[1:]))
+        sys.stdout.flush()
+    except ValueError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        # The reader (`| head`) has what it wanted. Python would complain once more while closing stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status)
+
+
+def parse(options: type[Parsed], command: str, arguments: Sequence[str]) -> Parsed:
+    """The flags as an instance of `options`; every mistake in them is a `ValueError` of one line."""
+    import tyro
+
+    parser: Callable[..., Parsed] = tyro.cli
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            parsed = parser(
+                options,
+                prog=f"thinker {command}",
+                args=list(arguments),
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+        return options.model_construct(_fields_set=_given(parsed, arguments), **dict(parsed))
+    except ValidationError as error:
+        raise ValueError(explain(error, f"thinker {command}")) from None
+    except SystemExit as ending:
+        if not ending.code:
+            raise
+    # tyro draws a box: title, what is wrong, a rule, help. The second part is the line a person needs.
+    inside = [line.strip("│ ").strip() for line in complaint.getvalue().splitlines() if line.startswith("│")]
+    rule = next((i for i, line in enumerate(inside) if set(line) == {"─"}), len(inside))
+    said = " ".join(inside[:rule])
+    if invalid := re.search(r"validation errors? for \w+ (\w+) (.*?) \[type=.*?input_value=(.*?), input_type", said):
+        field, rule_broken, value = invalid.groups()
+        said = f"--{field.replace('_', '-')} is {value}: {rule_broken[0].lower()}{rule_broken[1:]}"
+    raise ValueError(f"{said} (see thinker {command} --help)")
+
+
+def _given(parsed: BaseModel, arguments: Sequence[str]) -> set[str]:
+    """The fields that the person named, or gave by place; tyro fills in the rest and no longer tells which."""
+    flags = {argument.split("=")[0].removeprefix("--") for argument in arguments if argument.startswith("--")}
+    named = {flag.removeprefix("no-").replace("-", "_") for flag in flags} | {flag.replace("-", "_") for flag in flags}
+    fields = type(parsed).model_fields
+    return {name for name in fields if name in named or getattr(parsed, name) != fields[name].default}
+
+
+def fail(message: str) -> NoReturn:
+    """One line on stderr, exit status 2."""
+    print(f"thinker: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

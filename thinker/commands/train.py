@@ -1,0 +1,80 @@
+"""`thinker train`: from a text to a model, with what a person sees before, during and after."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from pydantic import BaseModel, Field, create_model
+from rich.console import Console
+
+from ..config import ThinkerConfig
+from ..train.config import TrainConfig, read_settings
+
+SAVED_AND_ENDED = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+class OwnOptions(BaseModel):
+    """Train a model: CONFIG.json, flags over it, and sensible values for the rest."""
+
+    file: tyro.conf.Positional[Path | None] = Field(None, description="a configuration; comments are allowed")
+    resume: bool = Field(False, description="go on from the newest state in OUT")
+    json_report: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="print the report as JSON")
+
+
+def _flags() -> dict[str, Any]:
+    """Every field of the run and of the architecture, without the rules between fields: a file may settle those."""
+    fields = TrainConfig.model_fields | ThinkerConfig.model_fields
+    return {name: (field.annotation, field) for name, field in fields.items() if name != "rope_scaling"}
+
+
+Options = create_model("Options", __base__=OwnOptions, __doc__=OwnOptions.__doc__, **_flags())
+
+
+def run(options: OwnOptions) -> int:
+    """Train, report, and say what to do next. Exit status 0, 1 when the run diverged, 130 or 143 when interrupted."""
+    from ..checkpoint.training import latest
+    from ..train.decide import repeatable
+    from ..train.loop import Diverged, fit
+    from ..train.report import Reporter
+    from ..train.run import begin, resume
+    from ..train.summary import summarise
+
+    console = Console(stderr=True, highlight=False)
+
+    def say(line: str) -> None:
+        console.print(line, soft_wrap=True, markup=False)
+
+    own = set(OwnOptions.model_fields)
+    flags = {name: getattr(options, name) for name in options.model_fields_set - own}
+    config, settings, given = read_settings(options.file, flags)
+    began = time.monotonic()
+    with repeatable(settings.threads):
+        if options.resume:
+            training = resume(config, settings, given, say)
+        else:
+            training = begin(config, settings, given, say)
+        console.print(f"{training.config.parameter_count():,} parameters, to {training.folder}/")
+        try:
+            with Reporter(training, console) as reporter:
+                ended_by = fit(training, reporter)
+        except Diverged as error:
+            console.print(f"[bold red]stopped:[/] {error}", soft_wrap=True)
+            kept = latest(training.folder)
+            if kept is not None:
+                console.print(f"The last good state is kept in {kept}.", soft_wrap=True)
+            return 1
+        if ended_by is not None:
+            console.print(
+                f"Saved at step {training.step:,}. To go on: thinker train --resume --out {training.folder}",
+                soft_wrap=True,
+            )
+            return SAVED_AND_ENDED[signal.Signals(ended_by)]
+        report = summarise(training, reporter.rows, console, time.monotonic() - began)
+    if options.json_report:
+        print(json.dumps(report, indent=2))
+    return 0

@@ -1,0 +1,131 @@
+"""What generation needs of a model, whoever computes it: slots that hold sequences, prefill, and steps.
+
+A slot is one sequence with its key/value cache; slots fill and empty independently, and several advance in one step.
+This room checks what a caller hands in and composes steps with draws; the arithmetic lives in `torch_decoder.py` and
+`native/`, the draws in `sampling.py`, text and stop strings in `generate.py`.
+"""
+
+# V vocab_size, D d_model, T new tokens of one slot, n slots that advance together
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ..config import ThinkerConfig
+from ..sampling import Draws
+
+
+class Weights(Protocol):
+    """What a decoder takes of a model's files (`formats.ModelFiles` has it): the architecture and Thinker's tensors."""
+
+    @property
+    def config(self) -> ThinkerConfig:
+        """The architecture of the tensors."""
+
+    @property
+    def tensors(self) -> Mapping[str, Any]:
+        """Float arrays by Thinker's names; what is in Q8_0 already comes with `.quants` and `.scales` instead."""
+
+
+class Decoder(ABC):
+    """A model with `slots` sequences in its memory, each of at most `config.ctx_len` tokens. For one thread only."""
+
+    config: ThinkerConfig
+    slots: int
+
+    @abstractmethod
+    def length(self, slot: int) -> int:
+        """The number of tokens that the slot holds."""
+
+    @abstractmethod
+    def truncate(self, slot: int, length: int) -> None:
+        """Forget the slot's tokens from `length` on, to reuse a shared prefix; 0 empties the slot."""
+
+    @abstractmethod
+    def prefill(
+        self,
+        slot: int,
+        tokens: ArrayLike | None = None,
+        embeddings: np.ndarray | None = None,
+        *,
+        every: bool = False,
+    ) -> np.ndarray:
+        """Append T token ids or embeddings (T, D) to a slot: float32 logits (V,) after the last, (T, V) with `every`.
+
+        Raises `ValueError` for ids outside the vocabulary, an empty or wrongly shaped input, and beyond `ctx_len`.
+        """
+
+    @abstractmethod
+    def step(self, slots: ArrayLike, tokens: ArrayLike) -> np.ndarray:
+        """Append one token to each of n different slots: float32 logits (n, V). The caller may keep the array.
+
+        Raises `ValueError` as `prefill` does; then no slot has changed.
+        """
+
+    def advance(self, slots: ArrayLike, tokens: ArrayLike, draws: Draws) -> np.ndarray:
+        """Append one token to each of n different slots and draw the next one of each: int64 (n,)."""
+        return draws.draw(slots, self.step(slots, tokens))
+
+    def run(self, slot: int, token: int, draws: Draws, count: int, stop: Collection[int] = ()) -> list[int]:
+        """Append `token`, draw, append what was drawn, and so on: the 1 to `count` ids drawn, a stop id the last.
+
+        The last id returned is drawn but not yet appended, as with `advance`. Raises `ValueError` beyond `ctx_len`.
+        """
+        check_room(self.config, self.length(slot), count)
+        drawn: list[int] = []
+        while len(drawn) < count and (not drawn or token not in stop):
+            token = int(self.advance([slot], [token], draws)[0])
+            drawn.append(token)
+        return drawn
+
+
+def check_room(config: ThinkerConfig, held: int, new: int) -> None:
+    """Raise `ValueError` if `new` tokens on top of `held` ones exceed the context."""
+    if held + new > config.ctx_len:
+        raise ValueError(
+            f"{held} + {new} tokens exceed ctx_len {config.ctx_len}: shorten the prompt, ask for fewer new tokens, "
+            "or load the model with a larger ctx_len"
+        )
+
+
+def check_slots(slots: int, chosen: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Slot numbers as int64 (n,); `ValueError` if one repeats or is none of the `slots` there are."""
+    array = np.asarray(chosen, np.int64)
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(f"slots have shape {array.shape}: give a sequence of at least one slot number")
+    if array.min() < 0 or array.max() >= slots:
+        raise ValueError(
+            f"slot {int(array.max() if array.max() >= slots else array.min())} is not one of 0 to {slots - 1}"
+        )
+    if len(set(array.tolist())) < array.size:
+        raise ValueError(f"slots {array.tolist()} repeat one: a slot takes one token a step")
+    return array
+
+
+def check_tokens(config: ThinkerConfig, tokens: ArrayLike) -> np.ndarray:
+    """Token ids as int64 (T,); `ValueError` if there is none or one lies outside the vocabulary."""
+    array = np.asarray(tokens)
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(f"tokens have shape {array.shape}: give a flat sequence of at least one id")
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"tokens are {array.dtype}: give integer ids")
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= config.vocab_size:
+        raise ValueError(
+            f"token id {low if low < 0 else high} is outside the vocabulary of {config.vocab_size} (ids 0 to "
+            f"{config.vocab_size - 1}): is this the model's own tokenizer?"
+        )
+    return array.astype(np.int64)
+
+
+def check_embeddings(config: ThinkerConfig, embeddings: np.ndarray) -> np.ndarray:
+    """Embeddings as contiguous float32 (T, D); `ValueError` if there is none or the width differs."""
+    array = np.ascontiguousarray(embeddings, np.float32)
+    if array.ndim != 2 or array.shape[0] == 0 or array.shape[1] != config.d_model:
+        raise ValueError(f"embeddings have shape {array.shape}: expected (T, {config.d_model}) with T at least 1")
+    return array

@@ -1,0 +1,291 @@
+"""`load(path)` and what it returns: a model that generates, streams and chats, from any format.
+
+Everything is opened when it is first used, so a folder without a tokenizer still has a `.model`, and native decoding
+imports no torch. How texts come about is in `generate.py` and `chat.py`, formats are in `formats/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, get_args, overload
+
+import numpy as np
+
+from .config import ThinkerConfig
+from .decode.decoder import Decoder
+from .evaluate import Evaluation, Progress, evaluate
+from .formats import ModelFiles, Q8Tensor, open_model
+from .generate import Engine, Generation, Piece, Request
+from .sampling import Sampling
+from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from .chat import ChatFormat, Message
+    from .model import ThinkerLM
+
+Backend = Literal["auto", "native", "torch"]
+NativeType = Literal["float32", "int8"]
+TorchType = Literal["float32", "bfloat16", "float16", "float64"]
+DType = Literal["float32", "int8", "bfloat16", "float16", "float64"]
+Notice = Callable[[str], None]
+
+SLOTS = 8  # texts at once; a decoder takes memory for those that are used
+
+
+class Options(TypedDict, total=False):
+    """How a text is written: its length, the settings of `Sampling`, and what ends it."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    penalize_prompt: bool
+    temperature_last: bool
+    seed: int
+    stop: str | Sequence[str]
+    ignore_eos: bool
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
+
+
+def load(
+    path: str | Path,
+    backend: Backend = "auto",
+    dtype: DType | None = None,
+    ctx_len: int | None = None,
+    slots: int = SLOTS,
+    notice: Notice = _warn,
+) -> LLM:
+    """Open a Thinker directory, a Hugging Face folder or a GGUF file.
+
+    backend: native kernels for this processor, or torch; auto takes native where it works. dtype: float32 or int8 run
+    natively, float32, bfloat16, float16 and float64 in torch; unset means int8 for a quantised file, else float32.
+    ctx_len replaces the model's own. slots: how many texts run at once. notice gets what a person should know, one line
+    at a time. Raises `ValueError` for what can't be opened.
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend is {backend!r}: choose among {', '.join(get_args(Backend))}")
+    types = {"native": get_args(NativeType), "torch": get_args(TorchType), "auto": get_args(DType)}[backend]
+    if dtype is not None and dtype not in types:
+        raise ValueError(f"dtype is {dtype!r}: with backend {backend} choose among {', '.join(types)}")
+    if slots < 1:
+        raise ValueError(f"slots is {slots}: at least 1 is needed")
+    files = open_model(path)
+    if ctx_len is not None:
+        files = _with_context(files, ctx_len, notice)
+    return LLM(files, backend, dtype, slots, notice)
+
+
+def _with_context(files: ModelFiles, ctx_len: int, notice: Notice) -> ModelFiles:
+    trained = files.config.ctx_len
+    if ctx_len < 1:
+        raise ValueError(f"ctx_len is {ctx_len}: at least 1 is needed, and the model was trained on {trained}")
+    if ctx_len > trained:
+        notice(
+            f"ctx_len {ctx_len} is more than the {trained} that {files.path} was trained on: beyond, expect nonsense"
+        )
+    return dataclasses.replace(files, config=files.config.changed(ctx_len=ctx_len))
+
+
+class LLM:
+    """A model with its tokenizer. Made by `load`; for one thread."""
+
+    def __init__(self, files: ModelFiles, backend: Backend, dtype: DType | None, slots: int, notice: Notice) -> None:
+        self.files = files
+        self._backend, self._dtype, self._slots, self._notice = backend, dtype, slots, notice
+
+    @property
+    def config(self) -> ThinkerConfig:
+        """The architecture."""
+        return self.files.config
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The model's own. Raises `ValueError` when it has none."""
+        if self.files.tokenizer_json is None:
+            raise ValueError(f"{self.files.path}: has no tokenizer.json, without which texts can't be read or written")
+        return Tokenizer.from_json(self.files.tokenizer_json)
+
+    @functools.cached_property
+    def model(self) -> ThinkerLM:
+        """The network in torch, in eval mode; on an accelerator if there is one and texts are computed in torch."""
+        import torch
+
+        from .model import ThinkerLM
+
+        model = ThinkerLM(self.config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                tensor = self.files.tensors[name]
+                wide = tensor.to_float32() if isinstance(tensor, Q8Tensor) else np.array(tensor, np.float32)
+                parameter.copy_(torch.from_numpy(wide))
+        dtype = "float32" if self._dtype in (None, "int8") else self._dtype
+        device = "cuda" if self._in_torch and torch.cuda.is_available() else "cpu"
+        return model.to(device, getattr(torch, str(dtype))).eval()
+
+    @property
+    def _in_torch(self) -> bool:
+        """Whether native kernels aren't even asked for."""
+        return self._backend == "torch" or (self._dtype is not None and self._dtype not in get_args(NativeType))
+
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        """What computes the texts: native, or torch where that was chosen or native can't."""
+        if self._native is not None:
+            return self._native
+        from .decode.torch_decoder import TorchDecoder
+
+        return TorchDecoder(self.model, self._slots)
+
+    @functools.cached_property
+    def _native(self) -> Decoder | None:
+        if self._in_torch:
+            return None
+        try:
+            from .decode.native import NativeDecoder, Unsupported
+        except ImportError:
+            return None
+
+        dtype = self._dtype or ("float32" if self.files.dtype in get_args(TorchType) else "int8")
+        try:
+            return NativeDecoder(self.files, self._slots, dtype)
+        except Unsupported as error:
+            if self._backend == "native" or self._dtype == "int8":
+                raise
+            self._notice(f"computing in torch, since native decoding can't: {error}")
+            return None
+
+    @functools.cached_property
+    def engine(self) -> Engine:
+        """The decoder's slots and what they hold."""
+        return Engine(self.decoder, self.tokenizer)
+
+    @functools.cached_property
+    def chat_format(self) -> ChatFormat:
+        """How conversations are written for this model. Raises `ValueError` when that is not known."""
+        from .chat import DEFAULT_TEMPLATE, ROLE_TOKENS, ChatFormat
+
+        template = self.files.chat_template
+        if template is None:
+            if not self.tokenizer.special_ids.keys() >= ROLE_TOKENS:
+                raise ValueError(f"{self.files.path}: has no chat template, and its tokenizer no tokens for turns")
+            template = DEFAULT_TEMPLATE
+        eos_id = self.files.eos_ids[0] if self.files.eos_ids else None
+        return ChatFormat(self.tokenizer, template, self.files.bos_id, eos_id)
+
+    # Speaking
+
+    @overload
+    def generate(self, prompt: str, echo: bool = False, **options: Unpack[Options]) -> str: ...
+
+    @overload
+    def generate(
+        self, prompt: list[str] | tuple[str, ...], echo: bool = False, **options: Unpack[Options]
+    ) -> list[str]: ...
+
+    def generate(
+        self, prompt: str | list[str] | tuple[str, ...], echo: bool = False, **options: Unpack[Options]
+    ) -> str | list[str]:
+        """The continuation of a prompt, or of several at once, without eos and stop string; `echo` puts it in front.
+
+        Options and their defaults: max_new_tokens=64, temperature=0 (greedy), top_k=0, top_p=1, min_p=0,
+        repetition_penalty=1, penalize_prompt=True, temperature_last=False, seed=0, stop=(), ignore_eos=False.
+        The text of a prompt doesn't depend on the others; one that is given twice gets two texts.
+        """
+        if isinstance(prompt, str):
+            return self.generations([prompt], echo, **options)[0].text
+        return [generation.text for generation in self.generations(prompt, echo, **options)]
+
+    def generations(
+        self, prompts: list[str] | tuple[str, ...], echo: bool = False, **options: Unpack[Options]
+    ) -> list[Generation]:
+        """As `generate`, with why each text ended, counts and times."""
+        pieces = self.pieces(prompts, echo, **options)
+        results = {piece.place: piece.result for piece in pieces if piece.result is not None}
+        return [results[place] for place in range(len(prompts))]
+
+    def stream(self, prompt: str, echo: bool = False, **options: Unpack[Options]) -> Iterator[str]:
+        """As `generate`, in pieces as they become certain; a character is never cut."""
+        return (piece.text for piece in self.pieces([prompt], echo, **options) if piece.text)
+
+    def pieces(
+        self, prompts: list[str] | tuple[str, ...], echo: bool = False, **options: Unpack[Options]
+    ) -> Iterator[Piece]:
+        """The texts of several prompts as they grow, each one's last piece with its `Generation`."""
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts is {prompts!r}: give a list of texts")
+        seen: Counter[str] = Counter()
+        requests = []
+        for prompt in prompts:
+            request = self._request(self.encode(prompt), **options)
+            requests.append(dataclasses.replace(request, number=seen[prompt], echo=prompt if echo else ""))
+            seen[prompt] += 1
+        return self._noticed(self.engine.run(requests))
+
+    def chat(self, messages: Sequence[Message], **options: Unpack[Options]) -> str:
+        """The assistant's reply to a whole conversation; what it shares with the last call is not computed again.
+
+        Options are those of `generate`; max_new_tokens is 256 by default.
+        """
+        return "".join(self.stream_chat(messages, **options))
+
+    def stream_chat(self, messages: Sequence[Message], **options: Unpack[Options]) -> Iterator[str]:
+        """As `chat`, in pieces."""
+        options.setdefault("max_new_tokens", 256)
+        request = self._request(tuple(self.chat_format.encode(messages)), **options)
+        end = self.chat_format.end_id
+        if end is not None and not options.get("ignore_eos"):
+            request = dataclasses.replace(request, eos_ids=request.eos_ids | {end})
+        return (piece.text for piece in self._noticed(self.engine.run([request], reuse=True)) if piece.text)
+
+    def evaluate(
+        self,
+        documents: Iterable[str | Iterable[str]],
+        stride: int | None = None,
+        batch: int = 8,
+        progress: Progress | None = None,
+    ) -> Evaluation:
+        """Loss, perplexity and bits per byte of texts, computed as the model speaks: see `evaluate.evaluate`."""
+        model = self._native if self._native is not None else self.model
+        return evaluate(model, self.tokenizer, documents, stride, batch, progress, self.files.bos_id)
+
+    def encode(self, prompt: str) -> tuple[int, ...]:
+        """A prompt's ids, with bos once in front if the model wants it, or if there would be none at all."""
+        if not isinstance(prompt, str):
+            raise ValueError(f"a prompt is {prompt!r}: give a text")
+        ids, bos_id = self.tokenizer.encode(prompt), self.files.bos_id
+        begins = bos_id is not None and (self.files.add_bos or not ids)
+        return (bos_id, *ids) if begins and bos_id is not None else tuple(ids)
+
+    def _request(
+        self,
+        tokens: tuple[int, ...],
+        *,
+        max_new_tokens: int = 64,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+        **sampling: float,
+    ) -> Request:
+        return Request(
+            tokens,
+            sampling=Sampling(**sampling),  # type: ignore[arg-type]
+            max_new_tokens=max_new_tokens,
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            eos_ids=frozenset() if ignore_eos else frozenset(self.files.eos_ids),
+        )
+
+    def _noticed(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        for piece in pieces:
+            yield piece
+            if piece.result is not None and piece.result.context_full:
+                full = f"{piece.result.prompt_tokens} + {len(piece.result.tokens)} tokens"
+                self._notice(f"a text ended because {full} fill ctx_len {self.config.ctx_len}")

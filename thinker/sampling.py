@@ -1,0 +1,306 @@
+"""From logits to the next token: repetition penalty, temperature, top-k, top-p, min-p, and seeded draws.
+
+One compiled sampler serves every decoder. A draw depends on (seed, request, token index) and the logits alone, so a
+text does not depend on its neighbours in a batch. Weights of candidates are whole numbers (probability relative to the
+largest, times 2^30): their sums are exact in any order, and nothing is sorted, because bisection finds the border of
+top-k and top-p. What is less likely than the likeliest candidate by a factor of 2^31 is never drawn.
+Log-probabilities and beams are not here.
+"""
+
+# V vocab_size, n texts drawn for together
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+from numpy.typing import ArrayLike
+
+# Columns of the table of settings, one row a slot.
+TEMPERATURE, TOP_K, TOP_P, MIN_P, PENALTY, TEMPERATURE_LAST = range(6)
+# Columns of the table of keys: what one draw's random number depends on.
+SEED, REQUEST, INDEX = range(3)
+ONE = 1 << 30  # the weight of the likeliest candidate
+BLOCK = 64  # candidates summed at once when a draw is located
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. Raises `ValueError` for a value that means nothing.
+
+    Temperature 0 takes the likeliest token (of equals the lowest id). Else the order is Hugging Face's: repetition
+    penalty, temperature, top-k, top-p, min-p; with `temperature_last` llama.cpp's, where temperature reshapes only what
+    the others leave. 0 for `top_k` and `min_p`, 1 for `top_p` and `repetition_penalty` switch them off. The penalty
+    (arXiv 1909.05858) counts the prompt's tokens too unless `penalize_prompt` is false. Like Hugging Face, top-k keeps
+    everything that equals its k-th candidate; top-p takes only as many equals as it needs, the lowest ids first.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    penalize_prompt: bool = True
+    temperature_last: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        # Written so that NaN fails each of them.
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}: choose 0 (greedy) or a positive number")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}: choose 0 (off) or a positive number of candidates")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}: choose a number above 0, up to 1 (off)")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p is {self.min_p}: choose a number from 0 (off) to 1")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}: choose a positive number, 1 is off")
+        if not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"seed is {self.seed}: choose a number from 0 to 2^64 - 1")
+
+
+class Draws:
+    """What the draws of up to `slots` texts depend on: settings, keys and the tokens each has seen."""
+
+    def __init__(self, slots: int, vocab_size: int) -> None:
+        self.settings = np.zeros((slots, 6))
+        self.keys = np.zeros((slots, 3), np.uint64)
+        self.seen = np.zeros((slots, vocab_size), np.uint8)
+        self.scratch = np.zeros((3, vocab_size), np.int32)
+        for slot in range(slots):
+            self.begin(slot, Sampling())
+
+    def begin(self, slot: int, sampling: Sampling, request: int = 0, prompt: ArrayLike = ()) -> None:
+        """Start a text in a slot: its settings, the number that tells it from others of the same seed, its prompt."""
+        self.settings[slot] = (
+            sampling.temperature,
+            sampling.top_k,
+            sampling.top_p,
+            sampling.min_p,
+            sampling.repetition_penalty,
+            sampling.temperature_last,
+        )
+        self.keys[slot] = (sampling.seed, request, 0)
+        self.seen[slot] = 0
+        if sampling.penalize_prompt:
+            self.seen[slot, np.asarray(prompt, np.int64)] = 1
+
+    def draw(self, slots: ArrayLike, logits: np.ndarray) -> np.ndarray:
+        """The next token of each slot for float32 logits (n, V): int64 (n,). Raises `ValueError` if none is finite."""
+        slots = np.asarray(slots, np.int64)
+        logits = np.require(
+            logits, np.float32, ["C", "W"]
+        )  # one signature: a read-only array would compile a second one
+        if logits.shape != (slots.size, self.seen.shape[1]):
+            raise ValueError(f"logits have shape {logits.shape}: expected {(slots.size, self.seen.shape[1])}")
+        tokens = np.empty(slots.size, np.int64)
+        draw_rows(slots, logits, self.settings, self.keys, self.seen, self.scratch, tokens)
+        return check_drawn(tokens)
+
+
+def check_drawn(tokens: np.ndarray) -> np.ndarray:
+    """The tokens of a draw; `ValueError` if a row of logits had no finite number to draw from."""
+    if tokens.size and tokens.min() < 0:
+        raise ValueError("the logits hold no finite number: the model's weights are damaged or its training diverged")
+    return tokens
+
+
+@njit(cache=True, error_model="numpy")
+def draw_rows(slots, logits, settings, keys, seen, scratch, tokens):  # type: ignore[no-untyped-def]
+    """Draw for each of n rows; -1 marks a row without a finite logit."""
+    for row in range(slots.shape[0]):
+        slot = slots[row]
+        tokens[row] = draw_one(logits[row], settings[slot], keys[slot], seen[slot], scratch)
+
+
+@njit(error_model="numpy")
+def draw_one(logits, settings, key, seen, scratch):  # type: ignore[no-untyped-def]
+    """Draw one token from logits (V,), mark it as seen, and move the key to the next index."""
+    order, weights = scratch[0], scratch[1]
+    scores = scratch[2].view(np.float32)
+    largest = rank(logits, np.float32(settings[PENALTY]), seen, scores, order)
+    token = np.int64(-1)
+    if largest != -(1 << 31):
+        if settings[TEMPERATURE] == 0:
+            token = first_equal(order, largest)
+        else:
+            truncate(scores, order, weights, largest, settings)
+            token = pick(weights, random_bits(key[SEED], key[REQUEST], key[INDEX]))
+        seen[token] = 1
+    key[INDEX] += np.uint64(1)
+    return token
+
+
+@njit(error_model="numpy")
+def rank(logits, penalty, seen, scores, order):  # type: ignore[no-untyped-def]
+    """Penalised scores, and whole numbers in the same order, so that comparing needs no care; the largest of these.
+
+    The bits of a positive float grow with it, those of a negative one shrink; flipping the latter puts all in order.
+    -inf and NaN get the lowest number there is: they are never drawn.
+    """
+    bits = scores.view(np.int32)
+    zero = np.float32(0)
+    for i in range(logits.shape[0]):
+        score = logits[i] + zero  # -0 becomes 0, its equal
+        if seen[i]:
+            score = score * penalty if score < zero else score / penalty
+        scores[i] = score
+    largest = -(1 << 31)
+    for i in range(logits.shape[0]):
+        finite = scores[i] > np.float32(-np.inf)
+        ordered = np.int32(bits[i] ^ ((bits[i] >> 31) & 0x7FFFFFFF))
+        order[i] = ordered if finite else np.int32(-(1 << 31))
+        largest = max(largest, order[i])
+    return largest
+
+
+@njit(error_model="numpy")
+def first_equal(order, value):  # type: ignore[no-untyped-def]
+    for i in range(order.shape[0]):
+        if order[i] == value:
+            return i
+    return -1
+
+
+@njit(error_model="numpy")
+def truncate(scores, order, weights, largest, settings):  # type: ignore[no-untyped-def]
+    """Weights of the candidates that top-k, top-p and min-p leave; 0 for the others."""
+    top = np.float32(-np.inf)
+    for i in range(scores.shape[0]):
+        if order[i] == largest:
+            top = scores[i]
+            break
+    last = settings[TEMPERATURE_LAST] != 0
+    temperature = np.float32(max(settings[TEMPERATURE], 1e-30))
+    weigh(scores, top, np.float32(1) if last else temperature, weights)
+    if 0 < settings[TOP_K] < scores.shape[0]:
+        least = kth_largest(order, largest, np.int64(settings[TOP_K]))
+        for i in range(scores.shape[0]):
+            weights[i] = weights[i] if order[i] >= least else 0
+    if settings[TOP_P] < 1:
+        keep_mass(weights, settings[TOP_P])
+    if settings[MIN_P] > 0:
+        least = np.int64(math.ceil(settings[MIN_P] * ONE))
+        for i in range(scores.shape[0]):
+            weights[i] = weights[i] if weights[i] >= least else 0
+    if last:
+        for i in range(scores.shape[0]):
+            scores[i] = scores[i] if weights[i] > 0 else np.float32(-np.inf)
+        weigh(scores, top, temperature, weights)
+
+
+@njit(error_model="numpy")
+def weigh(scores, top, temperature, weights):  # type: ignore[no-untyped-def]
+    """exp((score - top) / temperature) times 2^30, rounded to whole numbers."""
+    # exp(x) = 2^n exp(r) with |r| <= ln(2) / 2, exp(r) by its Taylor series: plain arithmetic that compiles to vectors.
+    for i in range(scores.shape[0]):
+        x = (scores[i] - top) / temperature
+        x = x if x > np.float32(-30) else np.float32(-30)  # NaN and -inf too; exp(-30) 2^30 rounds to 0
+        n = np.int32(x * np.float32(1.44269504) - np.float32(0.5))  # towards zero: to the nearest, as x <= 0
+        r = x - np.float32(n) * np.float32(0.693359375) + np.float32(n) * np.float32(2.12194440e-4)
+        power = np.float32(1 / 5040)
+        power = power * r + np.float32(1 / 720)
+        power = power * r + np.float32(1 / 120)
+        power = power * r + np.float32(1 / 24)
+        power = power * r + np.float32(1 / 6)
+        power = power * r + np.float32(1 / 2)
+        power = power * r + np.float32(1)
+        power = power * r + np.float32(1)
+        scale = np.int32((n + 157) << 23).view(np.float32)  # 2^(n + 30) by its bits
+        weights[i] = np.int32(power * scale + np.float32(0.5))
+
+
+@njit(error_model="numpy")
+def kth_largest(order, largest, k):  # type: ignore[no-untyped-def]
+    """A number that exactly k candidates reach, or the k-th largest itself if others equal it; by bisection."""
+    low, high = np.int64(-(1 << 31)), np.int64(largest) + 1  # at least k reach `low`, fewer reach `high`
+    while high - low > 1:
+        middle = np.int32((low + high) >> 1)
+        count = np.int32(0)
+        for i in range(order.shape[0]):
+            count += np.int32(order[i] >= middle)
+        if count < k:
+            high = np.int64(middle)
+        else:
+            low = np.int64(middle)
+            if count == k:
+                break
+    return low
+
+
+@njit(error_model="numpy")
+def keep_mass(weights, share):  # type: ignore[no-untyped-def]
+    """Keep the fewest largest weights that reach a share of the sum (arXiv 1904.09751); the others become 0."""
+    low, high = np.int64(1), np.int64(ONE + 1)
+    enough, less = mass_from(weights, low), np.int64(0)  # the sums from `low` and from `high` on
+    wanted = min(max(np.int64(math.ceil(share * enough)), 1), enough)
+    # The geometric middle, as weights span nine decades; done when a single candidate, or equals, are left between.
+    while high - low > 1 and enough - less >= 2 * low:
+        middle = min(max(np.int64(math.sqrt(low * high)), low + 1), high - 1)
+        mass = mass_from(weights, middle)
+        if mass >= wanted:
+            low, enough = middle, mass
+        else:
+            high, less = middle, mass
+    needed = -((less - wanted) // low)  # of equals at the border
+    for i in range(weights.shape[0]):
+        if low <= weights[i] < high:
+            needed -= 1
+            if needed < 0:
+                weights[i] = 0
+        elif weights[i] < low:
+            weights[i] = 0
+
+
+@njit(error_model="numpy")
+def mass_from(weights, least):  # type: ignore[no-untyped-def]
+    """The sum of the weights that are at least `least`."""
+    mass = np.int64(0)
+    for i in range(weights.shape[0]):
+        mass += weights[i] if weights[i] >= np.int32(least) else np.int32(0)
+    return mass
+
+
+@njit(error_model="numpy")
+def pick(weights, bits):  # type: ignore[no-untyped-def]
+    """The candidate at which the running sum of the weights passes a uniform random part of their total."""
+    total = mass_from(weights, 1)
+    # The upper half of the product bits * total, each split into halves of 32 bits: total < 2^62.
+    mask, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    mass = np.uint64(total)
+    low = (bits & mask) * (mass & mask)
+    middle = (bits >> half) * (mass & mask) + (low >> half)
+    cross = (bits & mask) * (mass >> half) + (middle & mask)
+    target = np.int64((bits >> half) * (mass >> half) + (middle >> half) + (cross >> half))  # 0 <= target < total
+    start, passed = 0, np.int64(0)
+    while start + BLOCK < weights.shape[0]:
+        block = np.int64(0)
+        for i in range(start, start + BLOCK):
+            block += weights[i]
+        if passed + block > target:
+            break
+        passed += block
+        start += BLOCK
+    for i in range(start, weights.shape[0]):
+        passed += weights[i]
+        if passed > target:
+            return i
+    return -1
+
+
+@njit(error_model="numpy")
+def random_bits(seed, request, index):  # type: ignore[no-untyped-def]
+    """64 random bits: Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011)."""
+    mask, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    k0, k1 = seed & mask, seed >> half
+    c0, c1, c2, c3 = index & mask, index >> half, request & mask, request >> half
+    for _ in range(10):
+        a = np.uint64(0xD2511F53) * c0
+        b = np.uint64(0xCD9E8D57) * c2
+        c0, c1, c2, c3 = (b >> half) ^ c1 ^ k0, b & mask, (a >> half) ^ c3 ^ k1, a & mask
+        k0 = (k0 + np.uint64(0x9E3779B9)) & mask
+        k1 = (k1 + np.uint64(0xBB67AE85)) & mask
+    return (c1 << half) | c0
