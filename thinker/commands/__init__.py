@@ -35,6 +35,9 @@ Parsed = TypeVar("Parsed", bound=BaseModel)
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and leave with its exit status: 0 done, 1 failed, 2 a user's mistake, 130 interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # OpenMP reads this when torch loads it. Threads that wait by spinning make training many times slower as soon as
+    # any other program wants a core, which on a laptop is always; sleeping ones cost next to nothing.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE + "\n`thinker COMMAND --help` tells more.")
         sys.exit(0 if arguments else 2)

@@ -31,7 +31,6 @@ SAMPLE_CHARACTERS = 16_000_000  # a tokenizer is trained on this much at least, 
 BATCH_CHARACTERS = 1 << 21  # encoded at a time
 BATCH_PIECES = 10_000  # and no more pieces than this, for they may be short
 
-
 Say = Callable[[str], None]
 
 
@@ -40,7 +39,7 @@ class Corpus:
     """Text as tokens on disk: what to train on, and what is held out. Each document is bos text eos."""
 
     name: str
-    fingerprint: str  # another one when text or tokenizer is another
+    fingerprint: str  # of the tokens: a run that goes on needs the same, wherever the text now lies
     folder: Path
     tokenizer: Tokenizer
     train: np.ndarray  # (N,) uint16 or uint32, memory-mapped, read-only
@@ -117,25 +116,22 @@ class EncodedText:
     documents: int
 
 
-def encode_documents(
-    documents: Iterable[Document], tokenizer: Tokenizer, bos: int | None, eos: int | None
-) -> Iterator[EncodedText]:
-    """Tokens of documents, in order, in bounded batches. A document is `bos` text `eos`; None leaves that one out."""
+def _encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[EncodedText]:
+    """Tokens of documents, in order and in bounded batches; a document is bos text eos."""
     batch: list[tuple[str, bool, bool]] = []
     pending = 0
     for marked in _marked_pieces(documents):
         batch.append(marked)
         pending += len(marked[0])
         if pending >= BATCH_CHARACTERS or len(batch) >= BATCH_PIECES:
-            yield _encoded(batch, tokenizer, bos, eos)
+            yield _encoded_batch(batch, tokenizer)
             batch, pending = [], 0
     if batch:
-        yield _encoded(batch, tokenizer, bos, eos)
+        yield _encoded_batch(batch, tokenizer)
 
 
-def _encoded(
-    batch: list[tuple[str, bool, bool]], tokenizer: Tokenizer, bos: int | None, eos: int | None
-) -> EncodedText:
+def _encoded_batch(batch: list[tuple[str, bool, bool]], tokenizer: Tokenizer) -> EncodedText:
+    bos, eos = tokenizer.bos_id, tokenizer.eos_id  # None in a tokenizer that has none: then nothing stands there
     texts = [text for text, _, _ in batch]
     parts: list[Any] = []
     for (_, begins, ends), ids in zip(batch, tokenizer.encode_batch(texts), strict=True):
@@ -215,14 +211,17 @@ def _build(sources: Sources, tokenizer: Tokenizer, folder: Path) -> None:
 
 def _write(
     sources: Sources, split: Split, tokenizer: Tokenizer, folder: Path, advance: Callable[[int], None]
-) -> dict[str, int]:
+) -> dict[str, int | str]:
     """One side's tokens, and the held-out side's text with them. Returns what meta.json says of it."""
     dtype = _dtype(tokenizer)
     tokens = documents = size = 0
+    digest = hashlib.sha256()
     keep_text = (folder / "valid.txt").open("wb") if split == "valid" else nullcontext()
     with (folder / f"{split}.bin").open("wb") as token_file, keep_text as text_file:
-        for part in encode_documents(sources.documents(split), tokenizer, tokenizer.bos_id, tokenizer.eos_id):
-            part.tokens.astype(dtype).tofile(token_file)
+        for part in _encoded(sources.documents(split), tokenizer):
+            data = part.tokens.astype(dtype).tobytes()
+            token_file.write(data)
+            digest.update(data)
             text = "".join(part.texts).encode()
             if text_file is not None:
                 text_file.write(text)
@@ -232,7 +231,7 @@ def _write(
             advance(len(text))
         token_file.flush()
         os.fsync(token_file.fileno())
-    return {"tokens": tokens, "documents": documents, "bytes": size}
+    return {"tokens": tokens, "documents": documents, "bytes": size, "sha256": digest.hexdigest()}
 
 
 def _opened(name: str, folder: Path, tokenizer: Tokenizer) -> Corpus | None:
@@ -241,9 +240,10 @@ def _opened(name: str, folder: Path, tokenizer: Tokenizer) -> Corpus | None:
         return None
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        _check_size(folder / "valid.txt", meta["valid"]["bytes"])
         return Corpus(
             name=name,
-            fingerprint=folder.name,
+            fingerprint=f"{meta['train']['sha256']} {meta['valid']['sha256']}",
             folder=folder,
             tokenizer=tokenizer,
             train=_mapped(folder / "train.bin", tokenizer, meta["train"]["tokens"]),
@@ -260,10 +260,14 @@ def _opened(name: str, folder: Path, tokenizer: Tokenizer) -> Corpus | None:
 
 def _mapped(path: Path, tokenizer: Tokenizer, count: int) -> np.ndarray:
     dtype = _dtype(tokenizer)
-    if path.stat().st_size != count * dtype.itemsize:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes where {count} tokens need {count * dtype.itemsize}")
+    _check_size(path, count * dtype.itemsize)
     # An empty file cannot be mapped.
     return np.memmap(path, dtype, mode="r", shape=(count,)) if count else np.zeros(0, dtype)
+
+
+def _check_size(path: Path, expected: int) -> None:
+    if path.stat().st_size != expected:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes where {expected} were written")
 
 
 def _dtype(tokenizer: Tokenizer) -> np.dtype:

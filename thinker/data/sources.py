@@ -117,7 +117,7 @@ class Source(ABC):
 
 @dataclass(frozen=True)
 class Sources:
-    """Everything that `--data` named, in that order."""
+    """Everything that `--data` named: sets in the order given, then all files and folders."""
 
     sources: tuple[Source, ...]
 
