@@ -14,7 +14,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from thinker.data import shards, sources
+from thinker.data import reading, shards
 from thinker.data.shards import prepare
 from thinker.data.sources import open_sources
 from thinker.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -73,7 +73,7 @@ def test_pieces_of_a_file_are_one_document(tmp_path: Path, cache: Path, monkeypa
     )
     path = tmp_path / "code.py"
     path.write_text(text, encoding="utf-8")
-    monkeypatch.setattr(sources, "PIECE", 1000)
+    monkeypatch.setattr(reading, "PIECE", 1000)
     monkeypatch.setattr(shards, "BATCH_CHARACTERS", 7000)
     monkeypatch.setattr(shards, "BATCH_PIECES", 5)
     corpus = prepare([str(path)], vocab_size=600)

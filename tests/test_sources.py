@@ -7,6 +7,7 @@ import http.server
 import json
 import os
 import sys
+import sysconfig
 import threading
 import types
 from collections.abc import Iterator
@@ -15,19 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from thinker.data import sources
-from thinker.data.sources import (
-    EVALUATION_SETS,
-    PIECE,
-    TRAINING_SETS,
-    Document,
-    NamedSet,
-    StandardLibrary,
-    cache_folder,
-    held_out,
-    open_evaluation,
-    open_sources,
-)
+from thinker.data import reading
+from thinker.data.named import EVALUATION_SETS, TRAINING_SETS, NamedSet, StandardLibrary
+from thinker.data.places import cache_folder
+from thinker.data.reading import PIECE, Document
+from thinker.data.sources import open_evaluation, open_sources
+from thinker.data.split import Split, held_out
 
 REAL_DATA = os.environ.get("THINKER_DATA")
 
@@ -87,7 +81,7 @@ def test_standard_library() -> None:
 
 def test_standard_library_without_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Python without its source must be told from an empty corpus."""
-    monkeypatch.setattr(sources.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(ValueError, match=r"stdlib: .* holds 0 source files.*--data"):
         StandardLibrary().fingerprint()
 
@@ -144,7 +138,7 @@ def test_a_hash_that_takes_too_much_is_not_followed(tmp_path: Path) -> None:
 
 def test_no_cut_loses_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces and the border of the held-out part may meet in any way; no character may be lost or doubled."""
-    monkeypatch.setattr(sources, "PIECE", 16)
+    monkeypatch.setattr(reading, "PIECE", 16)
     for length in range(2, 200):
         text = "".join("\n" if i % 7 == 3 or i % 11 == 5 else "aé中🙂"[i % 4] for i in range(length))
         (train,), (valid,) = both_sides(write(tmp_path / "a.txt", text))
@@ -366,7 +360,7 @@ def test_hub_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 TEXT = "".join(f"verse {i} of a play that is downloaded\n" for i in range(5000))
 
 
-def halves(text: str) -> Iterator[tuple[sources.Split, str]]:
+def halves(text: str) -> Iterator[tuple[Split, str]]:
     yield "train", text[: len(text) // 2]
     yield "valid", text[len(text) // 2 :]
 

@@ -9,7 +9,8 @@ from typing import Annotated
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..data.sources import byte_bar, open_evaluation
+from ..data.progress import byte_bar
+from ..data.sources import open_evaluation
 from ..evaluate import Evaluation
 from ..llm import LLM, Backend, DType, load
 from .generate import Flag, notice

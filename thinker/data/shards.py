@@ -24,7 +24,11 @@ import tokenizers
 from rich.console import Console
 
 from ..tokenizer import KINDS, Tokenizer
-from .sources import Document, Sources, Split, byte_bar, cache_folder, open_sources
+from .places import cache_folder
+from .progress import byte_bar
+from .reading import Document
+from .sources import Sources, open_sources
+from .split import Split
 
 FORMAT = 1  # part of every key: raise it when the same text would give other files
 SAMPLE_CHARACTERS = 16_000_000  # a tokenizer is trained on this much at least, if it is there, and at most twice that

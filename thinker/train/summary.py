@@ -11,7 +11,8 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.text import Text
 
-from ..data.sources import byte_bar, open_sources
+from ..data.progress import byte_bar
+from ..data.sources import open_sources
 from ..evaluate import evaluate
 from ..plots import loss_curve
 from .report import sample
