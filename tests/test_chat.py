@@ -109,6 +109,20 @@ def test_other_templates_are_rendered_in_their_own_dialect():
         assert names(form(name), form(name).encode(CONVERSATION)) == text
 
 
+def test_the_layout_of_a_template_is_not_part_of_the_text():
+    """Catches templates that were written over several lines without a dash at every border."""
+    laid_out = (
+        "{% for message in messages %}\n"
+        "    {% if message.role == 'user' %}\n"
+        "<|im_start|>{{ message.content }}\n"
+        "    {% endif %}\n"
+        "{% endfor %}\n"
+    )
+    assert (
+        names(form("chatml"), ChatFormat(FOREIGN, laid_out).encode(CONVERSATION[:1])) == "«<|im_start|>»Hello there\n"
+    )
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_ids_are_those_of_transformers_where_nobody_plays_tricks(name):
     """Catches text that is cut where a content begins and ends, so that a merge across it is lost."""

@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
@@ -123,6 +123,7 @@ def test_only_what_may_become_a_stop_string_waits():
     text=st.text("abc", max_size=20),
     cuts=st.lists(st.integers(0, 20), max_size=8),
 )
+@example(stop=["abb", "b"], text="abb", cuts=[])
 def test_where_a_text_stops_does_not_depend_on_its_tokens(stop, text, cuts):
     """Catches two stop strings that overlap, one of which wins only because of where a token ended."""
     ends = [end for end in range(len(text) + 1) if any(text[:end].endswith(one) for one in stop)]
@@ -144,8 +145,10 @@ def test_where_a_text_stops_does_not_depend_on_its_tokens(stop, text, cuts):
 def test_eos_ends_the_text_and_is_not_in_it():
     """Catches an eos that is shown, one that is generated past, and one that counts where it shall be ignored."""
     script = [*BYTES.encode("ab"), BYTES.eos_id, *BYTES.encode("cd")]
-    result = result_of(Scripted(script), request(eos_ids=EOS))
+    decoder = Scripted(script)
+    result = result_of(decoder, request(eos_ids=EOS))
     assert (result.text, result.finish_reason, result.tokens) == ("ab", "eos", tuple(script[:3]))
+    assert decoder.held[0] == BYTES.encode("goab"), "what follows the end was computed for nobody"
     result = result_of(Scripted(script), request(max_new_tokens=5))
     assert (result.text, result.finish_reason) == ("abcd", "length")
     result = result_of(Scripted([BYTES.eos_id]), request(eos_ids=EOS))
@@ -284,6 +287,22 @@ def test_seed_and_number_tell_texts_apart_and_nothing_else_does():
     assert len({text(0, 0), text(1, 0), text(0, 1)}) == 3
 
 
+def test_the_penalty_counts_the_prompt_of_its_own_text():
+    """Catches a penalty that knows only what was generated, or the prompt of the slot's last text."""
+    engine = Engine(Scripted("a"), BYTES)
+    sampling = Sampling(repetition_penalty=1e9)
+
+    def two_candidates(slot):
+        logits = np.full(288, -1, np.float32)
+        logits[BYTES.encode("ab")] = 1, 0.5
+        return logits
+
+    engine.decoder.logits = two_candidates
+    for prompt, expected in (("a", "b"), ("x", "a"), ("b", "a"), ("xab", "a")):
+        (result,) = results_of(engine, request(prompt, sampling=sampling, max_new_tokens=1))
+        assert result.text == expected
+
+
 # What slots hold
 
 
@@ -302,6 +321,16 @@ def test_a_conversation_goes_on_from_what_is_held():
     assert (again.reused_tokens, BYTES.decode(decoder.prefilled[-1])) == (3, "p")
     (fresh,) = results_of(engine, request("help", max_new_tokens=1))
     assert (fresh.reused_tokens, BYTES.decode(decoder.prefilled[-1])) == (0, "help")
+
+
+def test_what_was_written_in_company_is_held_too():
+    """Catches a memory that knows only the prompts of texts that were written together."""
+    engine = Engine(Scripted("abc", slots=2), BYTES)
+    results_of(engine, request("first", max_new_tokens=4), request("second", max_new_tokens=4))
+    again = results_of(
+        engine, request("secondabcx", max_new_tokens=1), request("firstabcx", max_new_tokens=1), reuse=True
+    )
+    assert [result.reused_tokens for result in again] == [9, 8]
 
 
 def test_what_was_computed_past_a_stop_string_is_held_but_not_said():

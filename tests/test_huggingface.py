@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +265,10 @@ def test_tied_files_that_carry_the_head_too(tmp_path: Path) -> None:
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
     write_safetensors(tmp_path / "model.safetensors", tensors, {"format": "pt"})
     assert_same_tensors(tmp_path, model)
+    tensors["lm_head.weight"][0, 0] += 1
+    write_safetensors(tmp_path / "model.safetensors", tensors, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lm_head\.weight is not the embedding, so set tie_word_embeddings to false"):
+        open_model(tmp_path)
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -380,6 +385,64 @@ def test_windows_that_hide_nothing_are_allowed() -> None:
     mixtral = SIZES | CLASSES["mixtral"] | {"model_type": "mixtral", "sliding_window": 48}
     for values in (qwen, qwen | {"use_sliding_window": None}, mixtral):
         read_config(values, "config.json")
+
+
+ODD: tuple[Any, ...] = (
+    None,
+    True,
+    0,
+    -1,
+    3,
+    2**40,
+    10**400,
+    0.5,
+    1e308,
+    "",
+    "a\nb",
+    [],
+    [1],
+    [[]],
+    {},
+    {"a": {}},
+    {"rope_type": 1},
+)
+
+
+@pytest.mark.parametrize("model_type", CLASSES)
+def test_odd_values_raise_nothing_but_value_error(model_type: str) -> None:
+    """Catches a TypeError, an endless loop or a message of two lines for any value of any key."""
+    good = json.loads(
+        json.dumps(
+            write_config(
+                read_config(
+                    GOOD | CLASSES[model_type] | {"model_type": model_type, "architectures": None, "head_dim": 12}, "x"
+                ),
+                "float32",
+            )
+        )
+    )
+    scaled = LLAMA3 | ORIGINAL | {"rope_theta": 10000.0}
+    for key in (*good, "bias", "quantization_config", "layer_types", "norm_topk_prob", "partial_rotary_factor"):
+        for value in ODD:
+            _only_value_error(good | {key: value})
+    for key in scaled:
+        for value in ODD:
+            _only_value_error(good | {"rope_parameters": scaled | {key: value}})
+            _only_value_error(good | {"rope_scaling": scaled | {key: value}})
+
+
+def _only_value_error(values: dict[str, Any]) -> None:
+    refusal = refused(lambda: read_config(values, "here"))
+    assert refusal is None or (refusal.startswith("here: ") and "\n" not in refusal)
+
+
+def refused(attempt: Callable[[], Any]) -> str | None:
+    """What a `ValueError` said, None if there was none."""
+    try:
+        attempt()
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 # --- whole folders ----------------------------------------------------------------------------------------------------
@@ -543,6 +606,32 @@ def test_tokenizers_that_do_not_fit_are_refused(tmp_path: Path, tokenizer: str, 
     """Catches an id beyond the embedding, which would fail much later or read foreign memory."""
     with pytest.raises(ValueError, match=rf"tokenizer\.json: .*{reason}"):
         with_text(tmp_path, tokenizer)
+
+
+@pytest.mark.parametrize("name", ["generation_config", "tokenizer_config", "tokenizer"])
+def test_odd_text_files_raise_nothing_but_value_error(tmp_path: Path, name: str) -> None:
+    """Catches a TypeError from a file that another program, or nobody, wrote."""
+    saved(tmp_path)
+    tokenizer = json.loads(tiny_tokenizer(post_processor=BOS_FIRST))
+    good = {
+        "generation_config": {"eos_token_id": [1], "bos_token_id": 0, "pad_token_id": 0},
+        "tokenizer_config": {"bos_token": "<s>", "add_bos_token": True, "chat_template": "x"},
+        "tokenizer": tokenizer | {"normalizer": None},
+    }[name]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    nested = [
+        (tokenizer["model"], "vocab"),
+        (tokenizer["added_tokens"][0], "content"),
+        (tokenizer["added_tokens"][0], "id"),
+        *((tokenizer["post_processor"], key) for key in BOS_FIRST),
+    ]
+    for place, key in [(good, key) for key in good] + (nested if name == "tokenizer" else []):
+        kept = place[key]
+        for value in ODD:
+            place[key] = value
+            (tmp_path / f"{name}.json").write_text(json.dumps(good))
+            assert "\n" not in (refused(lambda: open_model(tmp_path)) or "")
+        place[key] = kept
 
 
 def test_transformers_reads_our_settings_without_a_warning(tmp_path: Path) -> None:

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import randomise, small
+from numba.core.errors import NumbaError
 
 from thinker import load
 from thinker.chat import DEFAULT_TEMPLATE
 from thinker.checkpoint.publish import Publication, write_view
 from thinker.decode.torch_decoder import TorchDecoder
 from thinker.generate import Request
+from thinker.llm import slot_bytes
 from thinker.model import ThinkerLM
 from thinker.tokenizer import END, Tokenizer
 
@@ -310,22 +312,45 @@ def test_dtypes_that_native_has_not_run_in_torch(folder):
     assert llm.model.head.weight.dtype == torch.float64
 
 
-def test_where_native_cannot_auto_says_so_and_takes_torch(folder, monkeypatch):
-    """Catches a model that can't be run at all because the faster way does not know it, and a silent change of way."""
-    from thinker.decode import native
+@pytest.mark.parametrize("failure", ["import", "compile"])
+def test_where_native_cannot_auto_says_so_and_takes_torch(folder, monkeypatch, failure):
+    """Catches a model that can't be run at all because the faster way fails here, and a silent change of way."""
+    if failure == "compile":
 
-    def refuse(*_):
-        raise native.Unsupported("this processor has no vectors")
+        def refuse(*_):
+            raise NumbaError("no\nvectors")
 
-    monkeypatch.setattr(native, "NativeDecoder", refuse)
+        monkeypatch.setattr("thinker.decode.native.decoder.NativeDecoder", refuse)
+    else:
+        monkeypatch.setitem(sys.modules, "thinker.decode.native.decoder", None)
     notices: list[str] = []
     llm = load(folder, notice=notices.append)
     assert isinstance(llm.decoder, TorchDecoder)
     assert llm.generate("a", max_new_tokens=2)
-    assert notices == ["computing in torch, since native decoding can't: this processor has no vectors"]
+    (line,) = notices
+    assert line.startswith("computing in torch, since native decoding doesn't work on this machine: ")
+    assert "\n" not in line
     for options in ({"backend": "native"}, {"dtype": "int8"}):
-        with pytest.raises(ValueError, match="no vectors"):
+        with pytest.raises(ValueError, match="native decoding doesn't work on this machine"):
             _ = load(folder, **options).decoder
+
+
+def test_a_damaged_model_is_no_reason_to_change_the_way(tmp_path):
+    """Catches a file's fault that is told as the processor's, and told again by torch."""
+    folder = folder_of(tmp_path)
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-4] + np.float32(np.nan).tobytes())
+    with pytest.raises(ValueError, match="NaN"):
+        _ = load(folder, notice=pytest.fail).decoder
+
+
+def test_slots_are_as_many_as_memory_allows(folder):
+    """Catches a long context that takes the memory of eight, and a prompt list that runs one by one."""
+    assert load(folder).decoder.slots == 8
+    assert slot_bytes(load(folder).config) == 2 * 3 * 2 * 48 * 8 * 4
+    long = load(folder, ctx_len=200_000, notice=lambda _: None)
+    assert long.decoder.slots == (1 << 30) // slot_bytes(long.config) == 3
+    assert load(folder, slots=5).decoder.slots == 5
 
 
 def test_evaluation_computes_as_the_model_speaks(folder, llm):

@@ -216,8 +216,8 @@ def test_shards_are_one_mapping(tmp_path: Path) -> None:
     ("index", "reason"),
     [
         ({"weight_map": {"a": "model-1.safetensors"}}, None),
-        ({"weight_map": {"a": "model-9.safetensors"}}, "model-9.safetensors is missing"),
-        ({"weight_map": {"b": "model-1.safetensors"}}, "'b' should be in model-1"),
+        ({"weight_map": {"a": "model-9.safetensors"}}, "'model-9.safetensors' is missing"),
+        ({"weight_map": {"b": "model-1.safetensors"}}, "'b' should be in 'model-1"),
         ({"weight_map": {"b": "model-2.safetensors"}}, "'c', which the index doesn't"),
         ({"weight_map": {"a": "../outside.safetensors"}}, "no file name within"),
         ({"weight_map": {"a": "/etc/passwd"}}, "no file name within"),

@@ -22,8 +22,8 @@ class RopeScaling(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     factor: float = Field(gt=1)
-    low_freq_factor: float = Field(1.0, gt=0)
-    high_freq_factor: float = Field(4.0, gt=0)
+    low_freq_factor: float = Field(default=1.0, gt=0)
+    high_freq_factor: float = Field(default=4.0, gt=0)
     original_ctx_len: int = Field(gt=0)
 
     @model_validator(mode="after")
@@ -40,28 +40,34 @@ class ThinkerConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    vocab_size: int = Field(5000, ge=1, description="number of tokens; a ceiling when a tokenizer is trained")
-    n_layers: int = Field(4, ge=1, description="transformer blocks")
-    d_model: int = Field(256, ge=1, description="embedding width")
-    n_heads: int = Field(4, ge=1, description="query heads")
-    d_ff: int = Field(1024, ge=1, description="hidden width of the MLP, or of one expert")
-    dropout: float = Field(0.1, ge=0, lt=1, description="on the embedding and the residual branches")
-    rope_theta: float = Field(10000.0, gt=0, description="base of the RoPE wavelengths")
-    ctx_len: int = Field(512, ge=1, description="longest sequence")
-    use_swiglu: bool = Field(True, description="gated MLP; false gives the plain two-matrix MLP")
-    use_gqa: bool = Field(False, description="share key/value heads among query heads (arXiv 2305.13245)")
-    kv_groups: int | None = Field(None, ge=1, description="key/value heads with GQA; unset means n_heads // 2")
-    use_moe: bool = Field(False, description="a mixture of SwiGLU experts in place of the MLP")
-    num_experts: int = Field(8, ge=1, description="experts per layer")
-    num_experts_per_tok: int = Field(2, ge=1, description="experts that compute for one token")
-    activation: Activation | None = Field(None, description="unset means silu in the gate, gelu in the plain MLP")
-    use_qk_norm: bool = Field(False, description="RMSNorm on every head of q and k, before RoPE (arXiv 2302.05442)")
-    layer_scale: float | None = Field(None, description="initial value of a learned scale on each residual branch")
-    tie_embeddings: bool = Field(False, description="the head shares the embedding's matrix")
-    head_dim: int | None = Field(None, ge=2, description="width of one head; unset means d_model / n_heads")
-    norm_eps: float = Field(1e-6, gt=0, description="added to the mean square in every RMSNorm")
-    balance_loss: float = Field(0.01, ge=0, description="weight of the load-balancing loss of a mixture")
-    rope_scaling: RopeScaling | None = Field(None, description="Llama 3's rope scaling, for imported models")
+    vocab_size: int = Field(default=5000, ge=1, description="number of tokens; a ceiling when a tokenizer is trained")
+    n_layers: int = Field(default=4, ge=1, description="transformer blocks")
+    d_model: int = Field(default=256, ge=1, description="embedding width")
+    n_heads: int = Field(default=4, ge=1, description="query heads")
+    d_ff: int = Field(default=1024, ge=1, description="hidden width of the MLP, or of one expert")
+    dropout: float = Field(default=0.1, ge=0, lt=1, description="on the embedding and the residual branches")
+    rope_theta: float = Field(default=10000.0, gt=0, description="base of the RoPE wavelengths")
+    ctx_len: int = Field(default=512, ge=1, description="longest sequence")
+    use_swiglu: bool = Field(default=True, description="gated MLP; false gives the plain two-matrix MLP")
+    use_gqa: bool = Field(default=False, description="share key/value heads among query heads (arXiv 2305.13245)")
+    kv_groups: int | None = Field(default=None, ge=1, description="key/value heads with GQA; unset means n_heads // 2")
+    use_moe: bool = Field(default=False, description="a mixture of SwiGLU experts in place of the MLP")
+    num_experts: int = Field(default=8, ge=1, description="experts per layer")
+    num_experts_per_tok: int = Field(default=2, ge=1, description="experts that compute for one token")
+    activation: Activation | None = Field(
+        default=None, description="unset means silu in the gate, gelu in the plain MLP"
+    )
+    use_qk_norm: bool = Field(
+        default=False, description="RMSNorm on every head of q and k, before RoPE (arXiv 2302.05442)"
+    )
+    layer_scale: float | None = Field(
+        default=None, description="initial value of a learned scale on each residual branch"
+    )
+    tie_embeddings: bool = Field(default=False, description="the head shares the embedding's matrix")
+    head_dim: int | None = Field(default=None, ge=2, description="width of one head; unset means d_model / n_heads")
+    norm_eps: float = Field(default=1e-6, gt=0, description="added to the mean square in every RMSNorm")
+    balance_loss: float = Field(default=0.01, ge=0, description="weight of the load-balancing loss of a mixture")
+    rope_scaling: RopeScaling | None = Field(default=None, description="Llama 3's rope scaling, for imported models")
 
     @model_validator(mode="after")
     def _possible(self) -> ThinkerConfig:

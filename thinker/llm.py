@@ -34,7 +34,8 @@ TorchType = Literal["float32", "bfloat16", "float16", "float64"]
 DType = Literal["float32", "int8", "bfloat16", "float16", "float64"]
 Notice = Callable[[str], None]
 
-SLOTS = 8  # texts at once; a decoder takes memory for those that are used
+SLOTS = 8  # texts at once, if their keys and values fit into this many bytes; memory is taken for those in use
+SLOT_BYTES = 1 << 30
 
 
 class Options(TypedDict, total=False):
@@ -62,27 +63,34 @@ def load(
     backend: Backend = "auto",
     dtype: DType | None = None,
     ctx_len: int | None = None,
-    slots: int = SLOTS,
+    slots: int | None = None,
     notice: Notice = _warn,
 ) -> LLM:
     """Open a Thinker directory, a Hugging Face folder or a GGUF file.
 
     backend: native kernels for this processor, or torch; auto takes native where it works. dtype: float32 or int8 run
     natively, float32, bfloat16, float16 and float64 in torch; unset means int8 for a quantised file, else float32.
-    ctx_len replaces the model's own. slots: how many texts run at once. notice gets what a person should know, one line
-    at a time. Raises `ValueError` for what can't be opened.
+    ctx_len replaces the model's own. slots: how many texts run at once, by default up to 8. notice gets what a person
+    should know, one line at a time. Raises `ValueError` for what can't be opened.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"backend is {backend!r}: choose among {', '.join(get_args(Backend))}")
     types = {"native": get_args(NativeType), "torch": get_args(TorchType), "auto": get_args(DType)}[backend]
     if dtype is not None and dtype not in types:
         raise ValueError(f"dtype is {dtype!r}: with backend {backend} choose among {', '.join(types)}")
-    if slots < 1:
+    if slots is not None and slots < 1:
         raise ValueError(f"slots is {slots}: at least 1 is needed")
     files = open_model(path)
     if ctx_len is not None:
         files = _with_context(files, ctx_len, notice)
+    if slots is None:
+        slots = max(min(SLOTS, SLOT_BYTES // slot_bytes(files.config)), 1)
     return LLM(files, backend, dtype, slots, notice)
+
+
+def slot_bytes(config: ThinkerConfig) -> int:
+    """What one text of full length takes in keys and values, in float32."""
+    return 2 * config.n_layers * config.n_kv_heads * config.ctx_len * config.head_width * 4
 
 
 def _with_context(files: ModelFiles, ctx_len: int, notice: Notice) -> ModelFiles:
@@ -150,19 +158,27 @@ class LLM:
     def _native(self) -> Decoder | None:
         if self._in_torch:
             return None
+        quantised = self.files.dtype not in get_args(TorchType)
+        int8 = self._dtype == "int8" or (self._dtype is None and quantised)
         try:
-            from .decode.native import NativeDecoder, Unsupported
-        except ImportError:
+            from numba.core.errors import NumbaError
+
+            from .decode.native.decoder import NativeDecoder
+        except ImportError as error:
+            self._without_native(error)
+            return None
+        try:
+            return NativeDecoder(self.files, self._slots, "int8" if int8 else "float32")
+        except NumbaError as error:  # a processor, or a version of Numba, for which the kernels don't compile
+            self._without_native(error)
             return None
 
-        dtype = self._dtype or ("float32" if self.files.dtype in get_args(TorchType) else "int8")
-        try:
-            return NativeDecoder(self.files, self._slots, dtype)
-        except Unsupported as error:
-            if self._backend == "native" or self._dtype == "int8":
-                raise
-            self._notice(f"computing in torch, since native decoding can't: {error}")
-            return None
+    def _without_native(self, reason: Exception) -> None:
+        """Say that torch takes over; `ValueError` where native was asked for, by name or by a type that torch lacks."""
+        line = " ".join(str(reason).split())
+        if self._backend == "native" or self._dtype == "int8":
+            raise ValueError(f"native decoding doesn't work on this machine: {line}") from reason
+        self._notice(f"computing in torch, since native decoding doesn't work on this machine: {line}")
 
     @functools.cached_property
     def engine(self) -> Engine:

@@ -273,6 +273,8 @@ class ThinkerLM(nn.Module):
                 )
             return embeddings
         assert tokens is not None
+        if tokens.is_floating_point():
+            raise ValueError(f"token ids are {tokens.dtype}: give integers, or pass them as embeddings")
         # Reading values back would stall an accelerator and break a compiled graph; there the caller has checked.
         if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = int(tokens.min()), int(tokens.max())

@@ -12,18 +12,23 @@ from .config import ThinkerConfig
 
 
 def inverse_frequencies(config: ThinkerConfig) -> np.ndarray:
-    """Radians per position of each pair: (head_dim / 2,) float32."""
-    width = config.head_width
-    exponent = np.arange(0, width, 2, dtype=np.float64) / width
-    frequency = (1.0 / config.rope_theta**exponent).astype(np.float32)
+    """Radians per position of each pair: (head_dim / 2,) float32.
+
+    Every step is rounded where transformers rounds it. At position 2000 the last bit of a frequency is 1e-4 radians:
+    logits would differ by more than is promised between implementations, however exact ours were.
+    """
+    width, one = config.head_width, np.float32(1)
+    exponent = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+    frequency = one / np.power(config.rope_theta, exponent, dtype=np.float64).astype(np.float32)
     scaling = config.rope_scaling
     if scaling is None:
         return frequency
     # Waves that turn often within the original context stay, slow ones are stretched, and between them it blends.
-    turns = scaling.original_ctx_len * frequency / np.float32(2 * np.pi)
-    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    blend = np.clip(blend, 0, 1).astype(np.float32)
-    return ((1 - blend) * frequency / np.float32(scaling.factor) + blend * frequency).astype(np.float32)
+    wave = one / frequency * np.float32(2 * np.pi)
+    turns = one / wave * np.float32(scaling.original_ctx_len)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    blend = np.clip((turns - np.float32(low)) / np.float32(high - low), np.float32(0), one)
+    return (one - blend) * frequency / np.float32(scaling.factor) + blend * frequency
 
 
 def rope_tables(config: ThinkerConfig, length: int | None = None) -> tuple[np.ndarray, np.ndarray]:

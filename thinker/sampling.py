@@ -111,16 +111,18 @@ def check_drawn(tokens: np.ndarray) -> np.ndarray:
 @njit(cache=True, error_model="numpy")
 def draw_rows(slots, logits, settings, keys, seen, scratch, tokens):  # type: ignore[no-untyped-def]
     """Draw for each of n rows; -1 marks a row without a finite logit."""
+    scores = scratch[2].view(np.float32)
     for row in range(slots.shape[0]):
         slot = slots[row]
-        tokens[row] = draw_one(logits[row], settings[slot], keys[slot], seen[slot], scratch)
+        tokens[row] = draw_one(logits[row], settings[slot], keys[slot], seen[slot], scratch[0], scratch[1], scores)
 
 
 @njit(error_model="numpy")
-def draw_one(logits, settings, key, seen, scratch):  # type: ignore[no-untyped-def]
-    """Draw one token from logits (V,), mark it as seen, and move the key to the next index."""
-    order, weights = scratch[0], scratch[1]
-    scores = scratch[2].view(np.float32)
+def draw_one(logits, settings, key, seen, order, weights, scores):  # type: ignore[no-untyped-def]
+    """Draw one token from logits (V,), mark it as seen, and move the key to the next index.
+
+    The last three are work space (V,): int32, int32, float32.
+    """
     largest = rank(logits, np.float32(settings[PENALTY]), seen, scores, order)
     token = np.int64(-1)
     if largest != -(1 << 31):
@@ -141,7 +143,6 @@ def rank(logits, penalty, seen, scores, order):  # type: ignore[no-untyped-def]
     The bits of a positive float grow with it, those of a negative one shrink; flipping the latter puts all in order.
     -inf and NaN get the lowest number there is: they are never drawn.
     """
-    bits = scores.view(np.int32)
     zero = np.float32(0)
     for i in range(logits.shape[0]):
         score = logits[i] + zero  # -0 becomes 0, its equal
@@ -151,7 +152,8 @@ def rank(logits, penalty, seen, scores, order):  # type: ignore[no-untyped-def]
     largest = -(1 << 31)
     for i in range(logits.shape[0]):
         finite = scores[i] > np.float32(-np.inf)
-        ordered = np.int32(bits[i] ^ ((bits[i] >> 31) & 0x7FFFFFFF))
+        bits = np.float32(scores[i]).view(np.int32)
+        ordered = np.int32(bits ^ ((bits >> 31) & 0x7FFFFFFF))
         order[i] = ordered if finite else np.int32(-(1 << 31))
         largest = max(largest, order[i])
     return largest

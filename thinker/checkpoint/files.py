@@ -84,6 +84,11 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
     return value
 
 
+def brief(value: object, limit: int = 60) -> str:
+    """The beginning of whatever a file from elsewhere holds, on one line, for a message about it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value)[:limit])
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete what killed processes left under temporary names."""
     for path in folder.glob(".*.tmp"):

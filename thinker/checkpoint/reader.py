@@ -113,15 +113,15 @@ class ShardedSafetensors(Mapping[str, np.ndarray]):
             if shard not in self._files:
                 path = index.parent / shard
                 if not path.is_file():
-                    raise ValueError(f"{index}: the shard {shard} is missing; fetch it again into {index.parent}")
+                    raise ValueError(f"{index}: the shard {shard!r} is missing; fetch it again into {index.parent}")
                 self._files[shard] = read_safetensors(path)
             if name not in self._files[shard]:
-                raise ValueError(f"{index}: tensor {name!r} should be in {shard} and isn't")
+                raise ValueError(f"{index}: tensor {name!r} should be in {shard!r} and isn't")
             self._homes[name] = self._files[shard]
         for shard, file in self._files.items():
             extra = [name for name in file if self._homes.get(name) is not file]
             if extra:
-                raise ValueError(f"{index}: {shard} holds {extra[0]!r}, which the index doesn't place there")
+                raise ValueError(f"{index}: {shard!r} holds {extra[0]!r}, which the index doesn't place there")
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._homes[name][name]

@@ -23,7 +23,10 @@ from ..config import explain
 COMMANDS = {
     "train": "train a model on text",
     "generate": "continue a text",
+    "chat": "hold a conversation",
     "eval": "loss, perplexity and bits per byte of a text",
+    "export": "write a GGUF file for llama.cpp",
+    "doctor": "prove that a model computes the same wherever it runs",
 }
 
 USAGE = "usage: thinker COMMAND …\n\n" + "".join(f"  {name:10s} {what}\n" for name, what in COMMANDS.items())

@@ -21,7 +21,7 @@ def open_model(path: str | Path) -> ModelFiles:
     and the remedy. The tensors are read, and checked for NaN, when they are asked for.
     """
     from ..checkpoint.publish import is_run, open_run
-    from ..checkpoint.reader import PICKLE_SUFFIXES, refuse_pickle
+    from ..checkpoint.reader import refuse_pickle
     from .huggingface import open_folder
 
     path = Path(path)
@@ -45,8 +45,7 @@ def open_model(path: str | Path) -> ModelFiles:
     if gguf:
         raise ValueError(f"{path}: has no config.json; to open {gguf[0]} give its own path")
     for name in names:
-        if Path(name).suffix in PICKLE_SUFFIXES:
-            refuse_pickle(path / name)
+        refuse_pickle(path / name)
     raise ValueError(f"{path}: has no config.json, so it is no model")
 
 

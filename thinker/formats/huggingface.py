@@ -15,7 +15,7 @@ import numpy as np
 from ..checkpoint.files import read_json
 from ..checkpoint.reader import Weights, read_weights
 from ..config import ThinkerConfig
-from .huggingface_config import expressible, family_of, read_config
+from .huggingface_config import expressible, read_config
 from .huggingface_tokenizer import read_text_files
 from .model_files import ModelFiles
 from .tensors import (
@@ -25,19 +25,48 @@ from .tensors import (
     Piece,
     Recipe,
     T,
+    build_layout,
     check_shapes,
     foreign_shapes,
-    parameter_shapes,
     to_foreign,
     to_ours,
 )
 
 __all__ = ["expressible", "layout", "open_folder", "open_tensors", "to_huggingface"]
 
-# What the two mixtures name differently: the block in a layer, and the parts of an expert.
-_MIXTURES = {
-    "mixtral": ("block_sparse_moe", {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}),
-    "qwen3_moe": ("mlp", {"gate_proj": "gate_proj", "down_proj": "down_proj", "up_proj": "up_proj"}),
+_LAYER = "model.layers.{i}."
+_NAMES = {
+    "tok_emb.weight": "model.embed_tokens.weight",
+    "norm1.scale": _LAYER + "input_layernorm.weight",
+    "attn.q.weight": _LAYER + "self_attn.q_proj.weight",
+    "attn.k.weight": _LAYER + "self_attn.k_proj.weight",
+    "attn.v.weight": _LAYER + "self_attn.v_proj.weight",
+    "attn.q_norm.scale": _LAYER + "self_attn.q_norm.weight",
+    "attn.k_norm.scale": _LAYER + "self_attn.k_norm.weight",
+    "attn.out_proj.weight": _LAYER + "self_attn.o_proj.weight",
+    "norm2.scale": _LAYER + "post_attention_layernorm.weight",
+    "mlp.gate_proj.weight": _LAYER + "mlp.gate_proj.weight",
+    "mlp.up_proj.weight": _LAYER + "mlp.up_proj.weight",
+    "mlp.down_proj.weight": _LAYER + "mlp.down_proj.weight",
+    "moe.router.weight": _LAYER + "mlp.gate.weight",
+    "moe.experts.gate_proj": _LAYER + "mlp.experts.{e}.gate_proj.weight",
+    "moe.experts.up_proj": _LAYER + "mlp.experts.{e}.up_proj.weight",
+    "moe.experts.down_proj": _LAYER + "mlp.experts.{e}.down_proj.weight",
+    "norm.scale": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
+_MIXTRAL = _NAMES | {
+    "moe.router.weight": _LAYER + "block_sparse_moe.gate.weight",
+    "moe.experts.gate_proj": _LAYER + "block_sparse_moe.experts.{e}.w1.weight",
+    "moe.experts.up_proj": _LAYER + "block_sparse_moe.experts.{e}.w3.weight",
+    "moe.experts.down_proj": _LAYER + "block_sparse_moe.experts.{e}.w2.weight",
+}
+# What transformers 5 has in memory for both mixtures, and writes on request: gate above up in one tensor.
+_GATE_UP = _LAYER + "mlp.experts.gate_up_proj"
+_FUSED = _NAMES | {
+    "moe.experts.gate_proj": _GATE_UP,
+    "moe.experts.up_proj": _GATE_UP,
+    "moe.experts.down_proj": _LAYER + "mlp.experts.down_proj",
 }
 
 # Written by old versions beside the weights, and recomputed by everyone.
@@ -47,70 +76,17 @@ _RECOMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 def layout(config: ThinkerConfig, fused_experts: bool = False) -> Layout:
     """Where every Thinker tensor lies among the tensors of its class.
 
-    With fused_experts under the names that transformers 5 has in memory, instead of one name per expert.
+    With fused_experts as transformers 5 has the experts in memory, instead of one name per expert.
     """
-    shapes = parameter_shapes(config)
-    recipes: Layout = {}
-
-    def whole(ours: str, theirs: str) -> None:
-        recipes[ours] = Recipe(shapes[ours], (Piece(theirs, shapes[ours]),))
-
-    whole("tok_emb.weight", "model.embed_tokens.weight")
-    for i in range(config.n_layers):
-        block, layer = f"blocks.{i}", f"model.layers.{i}"
-        whole(f"{block}.norm1.scale", f"{layer}.input_layernorm.weight")
-        if config.use_gqa:
-            for part in "qkv":
-                whole(f"{block}.attn.{part}.weight", f"{layer}.self_attn.{part}_proj.weight")
-        else:
-            rows, columns = shapes[f"{block}.attn.qkv.weight"]
-            third = rows // 3
-            recipes[f"{block}.attn.qkv.weight"] = Recipe(
-                (rows, columns),
-                tuple(
-                    Piece(f"{layer}.self_attn.{part}_proj.weight", (third, columns), slice(n * third, (n + 1) * third))
-                    for n, part in enumerate("qkv")
-                ),
-            )
-        if config.use_qk_norm:
-            whole(f"{block}.attn.q_norm.scale", f"{layer}.self_attn.q_norm.weight")
-            whole(f"{block}.attn.k_norm.scale", f"{layer}.self_attn.k_norm.weight")
-        whole(f"{block}.attn.out_proj.weight", f"{layer}.self_attn.o_proj.weight")
-        whole(f"{block}.norm2.scale", f"{layer}.post_attention_layernorm.weight")
-        if config.use_moe:
-            recipes |= _experts(config, f"{block}.moe", layer, fused_experts)
-        else:
-            for part in ("gate_proj", "up_proj", "down_proj") if config.use_swiglu else ("up_proj", "down_proj"):
-                whole(f"{block}.mlp.{part}.weight", f"{layer}.mlp.{part}.weight")
-    whole("norm.scale", "model.norm.weight")
-    if not config.tie_embeddings:
-        whole("head.weight", "lm_head.weight")
-    return recipes
-
-
-def _experts(config: ThinkerConfig, moe: str, layer: str, fused: bool) -> Layout:
+    if not fused_experts:
+        return build_layout(config, _MIXTRAL if config.use_moe and not config.use_qk_norm else _NAMES)
+    recipes = build_layout(config, _FUSED)
     E, D, hidden = config.num_experts, config.d_model, config.d_ff
-    if fused:
-        mixture, both = f"{layer}.mlp", f"{layer}.mlp.experts.gate_up_proj"
-
-        def half(first: int) -> Recipe:
-            return Recipe((E, hidden, D), (Piece(both, (E, 2 * hidden, D), within=np.s_[:, first : first + hidden]),))
-
-        down = Recipe((E, D, hidden), (Piece(f"{mixture}.experts.down_proj", (E, D, hidden)),))
-        recipes = {"gate_proj": half(0), "up_proj": half(hidden), "down_proj": down}
-    else:
-        inner, names = _MIXTURES[family_of(config).model_type]
-        mixture = f"{layer}.{inner}"
-        shapes = {"gate_proj": (hidden, D), "up_proj": (hidden, D), "down_proj": (D, hidden)}
-        recipes = {
-            part: Recipe(
-                (E, *shape),
-                tuple(Piece(f"{mixture}.experts.{e}.{names[part]}.weight", shape, at=e) for e in range(E)),
-            )
-            for part, shape in shapes.items()
-        }
-    router = Recipe((E, D), (Piece(f"{mixture}.gate.weight", (E, D)),))
-    return {f"{moe}.router.weight": router} | {f"{moe}.experts.{part}": recipe for part, recipe in recipes.items()}
+    for i in range(config.n_layers):
+        for part, first in (("gate_proj", 0), ("up_proj", hidden)):
+            half = Piece(_GATE_UP.format(i=i), (E, 2 * hidden, D), within=np.s_[:, first : first + hidden])
+            recipes[f"blocks.{i}.moe.experts.{part}"] = Recipe((E, hidden, D), (half,))
+    return recipes
 
 
 def to_huggingface(config: ThinkerConfig, tensors: Mapping[str, T], where: str) -> LazyTensors[T]:
@@ -121,15 +97,17 @@ def to_huggingface(config: ThinkerConfig, tensors: Mapping[str, T], where: str) 
 
 def open_tensors(config: ThinkerConfig, weights: Weights, where: str) -> LazyTensors[Array]:
     """Thinker's tensors over a folder's weights, once every name and shape agrees with the configuration."""
-    fused = any(name.endswith(".mlp.experts.gate_up_proj") for name in weights)
+    fused = config.use_moe and any(name.endswith(".mlp.experts.gate_up_proj") for name in weights)
     # A configuration from elsewhere may promise any number: no table is made that is longer than the file.
-    promised = config.n_layers * (config.num_experts if config.use_moe and not fused else 1)
-    if promised > len(weights):
-        parts = "experts" if config.use_moe and not fused else "layers"
-        raise ValueError(f"{where}: its configuration has {promised} {parts}, its weights only {len(weights)} tensors")
+    each, what = (config.num_experts, "experts") if config.use_moe and not fused else (1, "layers")
+    if (promised := config.n_layers * each) > len(weights):
+        raise ValueError(f"{where}: its configuration has {promised} {what}, its weights only {len(weights)} tensors")
     recipes = layout(config, fused)
     ignored = {name for name in weights if _RECOMPUTED.fullmatch(name)}
-    if config.tie_embeddings:  # some files carry the embedding a second time; transformers takes the first
+    if config.tie_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= set(weights):
+        # Some files carry the embedding twice. If they differ, transformers 4 and 5 disagree about what is meant.
+        if not np.array_equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"]):
+            raise ValueError(f"{where}: lm_head.weight is not the embedding, so set tie_word_embeddings to false")
         ignored.add("lm_head.weight")
     found = {name: weights.shape(name) for name in weights if name not in ignored}
     if "lm_head.weight" not in found and not config.tie_embeddings:

@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..checkpoint.files import brief
 from ..config import Activation, ThinkerConfig
 
 OWN_CLASS, OWN_TYPE = "ThinkerForCausalLM", "thinker"
 LONGEST = 2**24  # float32, in which positions become angles, counts no further
+MOST_HEADS = 2**16
 
 
 @dataclass(frozen=True)
@@ -22,49 +24,26 @@ class Family:
 
     class_name: str
     model_type: str
-    use_swiglu: bool
-    use_moe: bool
-    use_qk_norm: bool
     defaults: Mapping[str, Any]
+    use_swiglu: bool = True
+    use_moe: bool = False
+    use_qk_norm: bool = False
 
 
 _COMMON = {"hidden_act": "silu", "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "num_key_value_heads": None}
-_QWEN = _COMMON | {"max_position_embeddings": 32768, "num_key_value_heads": 32}
-FAMILIES: tuple[Family, ...] = (
-    Family("LlamaForCausalLM", "llama", True, False, False, _COMMON | {"max_position_embeddings": 2048}),
-    Family(
-        "MixtralForCausalLM",
-        "mixtral",
-        True,
-        True,
-        False,
-        _COMMON
-        | {
-            "max_position_embeddings": 131072,
-            "num_key_value_heads": 8,
-            "rope_theta": 1e6,
-            "rms_norm_eps": 1e-5,
-            "num_experts": 8,
-            "num_experts_per_tok": 2,
-        },
-    ),
-    Family("Qwen3ForCausalLM", "qwen3", True, False, True, _QWEN | {"head_dim": 128}),
-    Family(
-        "Qwen3MoeForCausalLM",
-        "qwen3_moe",
-        True,
-        True,
-        True,
-        _QWEN | {"num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": False},
-    ),
-    Family(
-        "ArceeForCausalLM",
-        "arcee",
-        False,
-        False,
-        False,
-        _COMMON | {"hidden_act": "relu2", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
-    ),
+_LLAMA = _COMMON | {"max_position_embeddings": 2048}
+_ARCEE = _COMMON | {"hidden_act": "relu2", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+_MIXTRAL = _COMMON | {"max_position_embeddings": 131072, "rope_theta": 1e6, "rms_norm_eps": 1e-5}
+_MIXTRAL |= {"num_key_value_heads": 8, "num_experts": 8, "num_experts_per_tok": 2}
+_QWEN = _COMMON | {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128}
+_QWEN_MOE = {key: value for key, value in _QWEN.items() if key != "head_dim"}
+_QWEN_MOE |= {"num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": False}
+FAMILIES = (
+    Family("LlamaForCausalLM", "llama", _LLAMA),
+    Family("MixtralForCausalLM", "mixtral", _MIXTRAL, use_moe=True),
+    Family("Qwen3ForCausalLM", "qwen3", _QWEN, use_qk_norm=True),
+    Family("Qwen3MoeForCausalLM", "qwen3_moe", _QWEN_MOE, use_moe=True, use_qk_norm=True),
+    Family("ArceeForCausalLM", "arcee", _ARCEE, use_swiglu=False),
 )
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -115,7 +94,7 @@ def expressible(config: ThinkerConfig) -> str | None:
 
 def _own(use_swiglu: bool, use_moe: bool, use_qk_norm: bool) -> Family:
     """What none of the five can express, written with the same keys; Thinker alone reads it."""
-    return Family(OWN_CLASS, OWN_TYPE, use_swiglu, use_moe, use_qk_norm, _COMMON)
+    return Family(OWN_CLASS, OWN_TYPE, _COMMON, use_swiglu, use_moe, use_qk_norm)
 
 
 def write_config(config: ThinkerConfig, dtype: str) -> dict[str, Any]:
@@ -189,13 +168,16 @@ def read_config(values: Mapping[str, Any], where: str) -> ThinkerConfig:
     width = _integer(merged, "hidden_size", where)
     kv_heads = heads if merged.get("num_key_value_heads") is None else _integer(merged, "num_key_value_heads", where)
     head_dim = _integer(merged, "head_dim", where) if "head_dim" in merged else None
+    if heads > MOST_HEADS:
+        raise ValueError(f"{where}: num_attention_heads {heads} is beyond {MOST_HEADS}")
     theta, scaling = _read_rope(values, family, where)
+    qwen_moe = family.model_type == "qwen3_moe"
     fields: dict[str, Any] = {
         "vocab_size": _integer(merged, "vocab_size", where),
         "n_layers": _integer(merged, "num_hidden_layers", where),
         "d_model": width,
         "n_heads": heads,
-        "d_ff": _integer(merged, _hidden_key(family), where),
+        "d_ff": _integer(merged, "moe_intermediate_size" if qwen_moe else "intermediate_size", where),
         "ctx_len": _integer(merged, "max_position_embeddings", where),
         "dropout": 0.0,
         "rope_theta": theta,
@@ -246,16 +228,16 @@ def _find_family(values: Mapping[str, Any], where: str) -> Family:
     family = next((family for family in FAMILIES if family.model_type == model_type), None)
     if family is None:
         names = ", ".join(family.model_type for family in FAMILIES)
-        raise ValueError(f"{where}: model_type {str(model_type)[:60]!r} is not supported; Thinker opens {names}")
+        raise ValueError(f"{where}: model_type '{brief(model_type)}' is not supported; Thinker opens {names}")
     if not isinstance(classes, list) or any(name != family.class_name for name in classes):
-        raise ValueError(f"{where}: architectures {str(classes)[:80]} is not supported, only {family.class_name}")
+        raise ValueError(f"{where}: architectures {brief(classes, 80)} is not supported, only {family.class_name}")
     return family
 
 
 def _refuse_unsupported(values: Mapping[str, Any], family: Family, where: str) -> None:
     for key, neutral in _NEUTRAL.items():
         if key in values and values[key] not in neutral:
-            raise ValueError(f"{where}: {key} {str(values[key])[:60]} is not supported")
+            raise ValueError(f"{where}: {key} {brief(values[key])} is not supported")
     if family.model_type == "qwen3_moe" and values["norm_topk_prob"] is not True:
         raise ValueError(f"{where}: norm_topk_prob must be true: Thinker's experts' weights sum to 1")
     window = values.get("sliding_window")
@@ -265,7 +247,7 @@ def _refuse_unsupported(values: Mapping[str, Any], family: Family, where: str) -
         raise ValueError(f"{where}: layer_types other than full_attention are not supported")
     # A window as long as the context hides nothing.
     if used and not (isinstance(window, int) and window >= _integer(values, "max_position_embeddings", where)):
-        raise ValueError(f"{where}: sliding_window {str(window)[:60]} is not supported: Thinker attends to everything")
+        raise ValueError(f"{where}: sliding_window {brief(window)} is not supported: Thinker attends to everything")
 
 
 def _read_rope(values: Mapping[str, Any], family: Family, where: str) -> tuple[float, dict[str, Any] | None]:
@@ -288,13 +270,13 @@ def _read_rope(values: Mapping[str, Any], family: Family, where: str) -> tuple[f
     if len(bases) > 1:
         raise ValueError(f"{where}: rope_theta is given as {' and as '.join(map(str, sorted(bases)))}")
     theta = bases.pop() if bases else family.defaults["rope_theta"]
-    if settings.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"{where}: partial_rotary_factor {settings['partial_rotary_factor']} is not supported")
+    if (part := settings.get("partial_rotary_factor")) not in (None, 1):
+        raise ValueError(f"{where}: partial_rotary_factor {brief(part)} is not supported")
     kind = settings.get("rope_type", settings.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise ValueError(f"{where}: rope_type {str(kind)[:60]!r} is not supported, only default and llama3")
+        raise ValueError(f"{where}: rope_type '{brief(kind)}' is not supported, only default and llama3")
     original = settings.get("original_max_position_embeddings", values.get("original_max_position_embeddings"))
     settings = settings | {"original_max_position_embeddings": original}
     return theta, {
@@ -309,12 +291,8 @@ def _read_activation(values: Mapping[str, Any], family: Family, where: str) -> A
     name = values["hidden_act"]
     activation = _ACTIVATIONS.get(name) if isinstance(name, str) else None
     if activation is None:
-        raise ValueError(f"{where}: hidden_act {str(name)[:60]!r} is not supported, only {', '.join(_ACTIVATIONS)}")
+        raise ValueError(f"{where}: hidden_act '{brief(name)}' is not supported, only {', '.join(_ACTIVATIONS)}")
     return None if activation == ("silu" if family.use_swiglu else "gelu") else activation
-
-
-def _hidden_key(family: Family) -> str:
-    return "moe_intermediate_size" if family.model_type == "qwen3_moe" else "intermediate_size"
 
 
 def _expert_count(values: Mapping[str, Any], family: Family, where: str) -> int:
@@ -328,15 +306,15 @@ def _expert_count(values: Mapping[str, Any], family: Family, where: str) -> int:
 
 def _integer(values: Mapping[str, Any], key: str, where: str) -> int:
     value = values.get(key)
-    if type(value) is not int:
-        raise ValueError(f"{where}: {key} must be a whole number, found {str(value)[:60]}")
+    if type(value) is not int or abs(value) >= 2**63:
+        raise ValueError(f"{where}: {key} must be a whole number, found {brief(value)}")
     return value
 
 
 def _number(values: Mapping[str, Any], key: str, where: str) -> float:
     value = values.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{where}: {key} must be a number, found {str(value)[:60]}")
+        raise ValueError(f"{where}: {key} must be a number, found {brief(value)}")
     try:
         return float(value)
     except OverflowError:
@@ -346,5 +324,5 @@ def _number(values: Mapping[str, Any], key: str, where: str) -> float:
 def _flag(values: Mapping[str, Any], key: str, where: str) -> bool:
     value = values.get(key, False)
     if not isinstance(value, bool):
-        raise ValueError(f"{where}: {key} must be true or false, found {str(value)[:60]}")
+        raise ValueError(f"{where}: {key} must be true or false, found {brief(value)}")
     return value

@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from ..checkpoint.files import brief
 from ..checkpoint.reader import all_finite, widen
 from ..config import ThinkerConfig
 from .q8 import Q8Tensor
@@ -63,6 +64,29 @@ class Recipe:
 
 
 Layout = dict[str, Recipe]
+
+
+def build_layout(config: ThinkerConfig, names: Mapping[str, str]) -> Layout:
+    """The layout that a table of names describes.
+
+    `names` maps each Thinker name, without `blocks.{i}.`, to a foreign one, in which {i} is the layer and {e} the
+    expert. Stacked experts are cut along their first axis where the foreign name has {e}, and qkv into three.
+    """
+    recipes: Layout = {}
+    for ours, shape in parameter_shapes(config).items():
+        i, part = ours.removeprefix("blocks.").split(".", 1) if ours.startswith("blocks.") else ("", ours)
+        if part == "attn.qkv.weight":
+            rows = shape[0] // 3
+            thirds = {third: slice(n * rows, (n + 1) * rows) for n, third in enumerate("qkv")}
+            pieces = tuple(
+                Piece(names[f"attn.{third}.weight"].format(i=i), (rows, *shape[1:]), at) for third, at in thirds.items()
+            )
+        elif "{e}" in names[part]:
+            pieces = tuple(Piece(names[part].format(i=i, e=e), shape[1:], at=e) for e in range(shape[0]))
+        else:
+            pieces = (Piece(names[part].format(i=i), shape),)
+        recipes[ours] = Recipe(shape, pieces)
+    return recipes
 
 
 class LazyTensors(Mapping[str, T], Generic[T]):
@@ -169,5 +193,5 @@ def _cutter(tensors: Mapping[str, T], name: str, piece: Piece) -> Callable[[], A
 
 def _some(names: list[str]) -> str:
     """A few names and how many more there are: a message stays one line."""
-    shown = ", ".join(name[:80] for name in names[:3])
+    shown = ", ".join(brief(name, 80) for name in names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -102,15 +102,20 @@ def decide(run: TrainConfig, module: NextTokenLoss, one_row: tuple[Tensor, Tenso
 
     limit_steps, limit_seconds = run.limit
     ahead = limit_seconds if limit_seconds is not None else (limit_steps or 0) * seconds
-    possible = device != "cpu" or shutil.which(os.environ.get("CXX", "g++")) is not None
+    hindrance = None
+    if device == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        hindrance = "no C++ compiler (g++) was found"
+    if module.model.config.use_moe and precision != "bfloat16":
+        hindrance = "torch compiles the grouped products of a mixture in bfloat16 only"
     if run.compile == "auto":
-        compiled = ahead > COMPILE_PAYS_AFTER and possible
-        why = f"the run lasts some {ahead:,.0f} s" if possible else "no C++ compiler was found"
-        reasons.append(f"{'compiled' if compiled else 'not compiled'}: {why}")
+        compiled = ahead > COMPILE_PAYS_AFTER and hindrance is None
+        reasons.append(
+            f"{'compiled' if compiled else 'not compiled'}: {hindrance or f'the run lasts some {ahead:,.0f} s'}"
+        )
     else:
         compiled = run.compile == "on"
-        if compiled and not possible:
-            raise ValueError("compile is 'on', but no C++ compiler (g++) was found: install one, or use --compile off")
+        if compiled and hindrance is not None:
+            raise ValueError(f"compile is 'on', but {hindrance}: use --compile off")
     return Decisions(device, precision, compiled, threads, seconds, tuple(reasons), versions())
 
 

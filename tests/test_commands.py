@@ -1,0 +1,300 @@
+"""The shell, as a person or a script meets it: what goes where, how mistakes are told, and the exit status."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from test_llm import TOKENIZER, folder_of
+
+from thinker import load
+from thinker.commands import main
+
+SHELL = [sys.executable, "-c", "from thinker.commands import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folder_of(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def text(folder: Path) -> str:
+    return load(folder, backend="torch").generate("a small", max_new_tokens=9)
+
+
+@pytest.fixture
+def shell(capfd, monkeypatch) -> Callable[..., tuple[int, str, str]]:
+    """shell("generate", …, stdin=b"…"): exit status, stdout, stderr; in this process, as that is faster."""
+
+    def run(*arguments: object, stdin: bytes = b"") -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        with pytest.raises(SystemExit) as ending:
+            main([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        return ending.value.code, out, err
+
+    return run
+
+
+# generate
+
+
+def test_only_the_text_goes_to_stdout(shell, folder, text):
+    """Catches notices, prompts and a newline too many among the text that a script reads."""
+    options = ("--max-new-tokens", 9, "--backend", "torch")
+    assert shell("generate", folder, "a small", *options) == (0, text, "")
+    status, out, err = shell("generate", folder, "a small", "--ignore-eos", "--backend", "torch")
+    assert (status, err.count("\n")) == (0, 1)
+    assert "fill ctx_len 48" in err
+    assert out.startswith(text)
+
+
+def test_the_prompt_comes_from_a_pipe_if_it_is_not_given(shell, folder, text):
+    """Catches a pipe that is ignored, one that is read though a prompt was given, and echo's newline in the prompt."""
+    options = ("--max-new-tokens", 9, "--backend", "torch")
+    assert shell("generate", folder, *options, stdin=b"a small\n") == (0, text, "")
+    assert shell("generate", folder, *options, stdin=b"a small") == (0, text, "")
+    assert shell("generate", folder, "a small", *options, stdin=b"x" * 999) == (0, text, "")
+    nothing = load(folder, backend="torch").generate("", max_new_tokens=9)
+    assert shell("generate", folder, *options) == (0, nothing, "")
+    assert shell("generate", folder, "", *options, stdin=b"a small") == (0, nothing, "")
+    none = load(folder, backend="torch").generate("None", max_new_tokens=9)
+    assert shell("generate", folder, "None", *options) == (0, none, "")
+    dash = load(folder, backend="torch").generate("-5", max_new_tokens=9)
+    assert shell("generate", folder, *options, "--", "-5") == (0, dash, "")
+
+
+def test_every_flag_reaches_the_text(shell, folder):
+    """Catches a flag that is accepted and never passed on, and a second --stop that replaces the first."""
+    llm = load(folder, backend="torch", ctx_len=40)
+    plain = llm.generate("a small", max_new_tokens=20, ignore_eos=True)
+    common = ("generate", folder, "a small", "--max-new-tokens", 20, "--backend", "torch")
+
+    def same(*flags, **options):
+        expected = llm.generate("a small", max_new_tokens=20, **options)
+        assert shell(*common, *flags)[:2] == (0, expected)
+        assert expected != plain or "ignore_eos" in options
+
+    same("--ignore-eos", ignore_eos=True)
+    same("--echo", "--ignore-eos", echo=True, ignore_eos=True)
+    hot = ("--temperature", 2, "--seed", 5)
+    same(*hot, temperature=2.0, seed=5)
+    same(*hot, "--top-k", 3, temperature=2.0, seed=5, top_k=3)
+    same(*hot, "--top-p", 0.3, temperature=2.0, seed=5, top_p=0.3)
+    same(*hot, "--min-p", 0.5, temperature=2.0, seed=5, min_p=0.5)
+    same("--repetition-penalty", 3, repetition_penalty=3.0)
+    first, second = plain[7:10], plain[3:6]
+    same("--stop", first, "--stop", second, stop=[first, second])
+    assert shell(*common, "--stop", first, "--stop=" + second)[1] == plain[: plain.index(second)]
+    assert "fill ctx_len 12" in shell(*common, "--ctx-len", 12, "--ignore-eos")[2]
+
+
+def test_generate_reports_as_json(shell, folder, text):
+    """Catches a report that isn't JSON, or text beside it."""
+    status, out, err = shell("generate", folder, "a small", "--max-new-tokens", 9, "--json", "--backend", "torch")
+    report = json.loads(out)
+    assert (status, err, report["text"]) == (0, "", text)
+    assert (report["new_tokens"], report["finish_reason"], report["context_full"]) == (9, "length", False)
+    assert report["prompt_tokens"] == 1 + len(TOKENIZER.encode("a small"))
+    assert report["decoder"] == "TorchDecoder"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "message"),
+    [
+        (["nowhere"], b"", "nowhere: no such file or folder"),
+        ([], b"", "MODEL"),
+        (["{}", "a", "b"], b"", "2 prompts, the second is 'b': put quotes around the whole prompt"),
+        (["{}"], b"ok \xff", "stdin: not UTF-8 at byte 3"),
+        (["{}", "a", "--temperature", "-1"], b"", "temperature is -1"),
+        (["{}", "a", "--temperature", "nan"], b"", "temperature is nan"),
+        (["{}", "a", "--top-p", "2"], b"", "top_p is 2"),
+        (["{}", "a", "--max-new-tokens", "0"], b"", "max_new_tokens is 0"),
+        (["{}", "a", "--max-new-tokens", "many"], b"", "many"),
+        (["{}", "a", "--stop", ""], b"", "a stop string is empty"),
+        (["{}", "a", "--backend", "gpu"], b"", "gpu"),
+        (["{}", "a", "--dtype", "int8", "--backend", "torch"], b"", "dtype is 'int8'"),
+        (["{}", "a", "--ctx-len", "0"], b"", "ctx_len is 0"),
+        (["{}", "xyz " * 50], b"", "leaves no room for a new one in ctx_len 48"),
+        (["{}", "a", "--tempreature", "1"], b"", "--tempreature"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(shell, folder, arguments, stdin, message):
+    """Catches a traceback, a mistake that is told in many lines, on stdout, or with status 0."""
+    arguments = [argument.replace("{}", str(folder)) for argument in arguments]
+    status, out, err = shell("generate", *arguments, stdin=stdin)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert err.startswith("thinker: ")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+
+
+def test_a_reader_that_leaves_early_is_no_error(folder):
+    """Catches a traceback at the end of `thinker generate … | head`."""
+    command = [*SHELL, "generate", str(folder), "a", "--ignore-eos", "--backend", "torch"]
+    writer = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert writer.stdout is not None
+    assert writer.stderr is not None
+    writer.stdout.close()
+    complaint = writer.stderr.read().decode()
+    writer.stderr.close()
+    assert (writer.wait(), complaint) == (0, "")
+
+
+def test_an_interrupt_is_status_130(folder):
+    """Catches a traceback at Ctrl-C, a status that a script takes for success, and text that comes only at the end."""
+    long = ("--ctx-len", "50000", "--max-new-tokens", "49000", "--ignore-eos", "--backend", "torch")
+    command = [*SHELL, "generate", str(folder), "a", *long]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        assert writer.stderr is not None
+        assert writer.stdout.read(1), "the first letter comes while the others are still to be written"
+        writer.send_signal(signal.SIGINT)
+        assert b"Traceback" not in writer.stderr.read()
+        assert writer.wait() == 130
+
+
+def test_generating_imports_only_what_it_needs():
+    """Catches the seconds that torch, matplotlib or a web server cost at every start."""
+    heavy = ("torch", "matplotlib", "jinja2", "transformers", "pyarrow", "fastapi", "rich.progress", "http.client")
+    script = f"import sys, thinker.commands.generate; print(*(set({heavy}) & set(sys.modules)))"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert loaded.stdout.split() == []
+
+
+# eval
+
+
+def test_eval_reports_each_text(shell, folder, tmp_path):
+    """Catches a file of which a part is held out, and figures under another text's name."""
+    (tmp_path / "one.txt").write_text("Once upon a time there was a small model.\n")
+    (tmp_path / "two.md").write_text("a small story " * 20)
+    paths = [tmp_path / "one.txt", tmp_path / "two.md"]
+    llm = load(folder, backend="torch")
+    expected = [llm.evaluate([path.read_text()]) for path in paths]
+    status, out, err = shell("eval", folder, "--data", *paths, "--json", "--backend", "torch")
+    report = json.loads(out)
+    assert (status, err) == (0, "")
+    for path, one, result in zip(paths, expected, report["results"], strict=True):
+        assert result["data"] == str(path)
+        assert result["bytes"] == path.stat().st_size
+        assert result["bits_per_byte"] == pytest.approx(one.bits_per_byte, rel=1e-6)
+    status, out, err = shell("eval", folder, "--data", *paths, "--backend", "torch")
+    assert (status, err, out.count("\n")) == (0, "", 3)
+    assert f"{expected[1].bits_per_byte:.4f}" in out.splitlines()[2]
+
+
+def test_eval_s_window_is_set_by_flags(shell, folder, tmp_path):
+    """Catches a stride or a context that is accepted and never passed on."""
+    (tmp_path / "one.txt").write_text("a small story " * 20)
+    llm = load(folder, backend="torch", ctx_len=30)
+    expected = llm.evaluate([(tmp_path / "one.txt").read_text()], stride=11)
+    flags = ("--ctx-len", 30, "--stride", 11, "--batch", 2, "--json", "--backend", "torch")
+    result = json.loads(shell("eval", folder, "--data", tmp_path / "one.txt", *flags)[1])
+    assert (result["ctx_len"], result["stride"]) == (30, 11)
+    assert result["results"][0]["loss"] == pytest.approx(expected.loss, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "--data", "x.txt"], "x.txt"),
+        (["nowhere", "--data", "{}/ok.txt"], "nowhere: no such file or folder"),
+        (["{}"], "--data"),
+        (["{}", "--data", "{}/ok.txt", "--stride", "99"], "stride is 99: choose 1 to 48"),
+        (["{}", "--data", "{}/ok.txt", "--batch", "0"], "batch"),
+        (["{}", "--data", "{}/bad.txt"], "UTF-8"),
+        (["{}", "--data", "{}/empty.txt"], "empty.txt"),
+    ],
+)
+def test_eval_s_mistakes_are_one_line_and_status_2(shell, tmp_path, arguments, message):
+    """Catches a traceback, or figures for a text that could not be read."""
+    folder = folder_of(tmp_path / "model")
+    (folder / "ok.txt").write_text("some text")
+    (folder / "bad.txt").write_bytes(b"some \xff text")
+    (folder / "empty.txt").write_text("")
+    arguments = [argument.replace("{}", str(folder)) for argument in arguments]
+    status, out, err = shell("eval", *arguments, *(["--backend", "torch"] if "{}" in arguments[0] else []))
+    assert (status, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+# chat, as long as no other file tests it
+
+
+def chat(monkeypatch, capfd, stdin: bytes, folder: Path, **fields) -> tuple[int, str, str]:
+    from thinker.commands.chat import Options, run
+
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+    status = run(Options(model=str(folder), backend="torch", temperature=0, max_new_tokens=4, **fields))
+    return status, *capfd.readouterr()
+
+
+def test_chat_replies_to_each_line_with_the_conversation_so_far(folder, monkeypatch, capfd):
+    """Catches a conversation that forgets, that goes on after /reset, or doesn't end."""
+    llm = load(folder, backend="torch")
+    system = [{"role": "system", "content": "hm"}]
+    first = [*system, {"role": "user", "content": "a"}]
+    one = llm.chat(first, max_new_tokens=4)
+    second = [*first, {"role": "assistant", "content": one}, {"role": "user", "content": "b"}]
+    two = llm.chat(second, max_new_tokens=4)
+    status, out, err = chat(monkeypatch, capfd, b"a\nb\n\n/reset\na\n/what\n/quit\nnever\n", folder, system="hm")
+    assert (status, out) == (0, f"{one}\n{two}\n{one}\n")
+    assert err.startswith("thinker: /what is unknown")
+    assert err.count("\n") == 1
+    assert chat(monkeypatch, capfd, b"a\n", folder, system="hm")[:2] == (0, f"{one}\n")
+
+
+def test_chat_with_a_model_that_has_no_turns_says_so_at_once(tmp_path, monkeypatch, capfd):
+    """Catches a first line that is typed in vain."""
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
+        chat(monkeypatch, capfd, b"a\n", folder_of(tmp_path, tokenizer=None))
+
+
+def test_on_a_terminal_chat_survives_what_goes_wrong(folder):
+    """Catches a session that is lost to a message that is too long, and prompts among the replies of a terminal."""
+    script = (
+        "from thinker.commands.chat import Options, run\n"
+        f"raise SystemExit(run(Options(model={str(folder)!r}, backend='torch', max_new_tokens=2)))\n"
+    )
+    master, terminal = pty.openpty()
+    session = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        env=os.environ | {"TERM": "dumb"},
+    )
+    os.close(terminal)
+    said: list[bytes] = []
+
+    def listen() -> None:
+        while True:
+            try:
+                said.append(os.read(master, 4096))
+            except OSError:  # the terminal is gone
+                return
+
+    ear = threading.Thread(target=listen)
+    ear.start()
+    os.write(master, b"x" * 200 + b"\n" + b"a\n/quit\n")
+    status = session.wait(60)
+    ear.join(10)
+    os.close(master)
+    shown = b"".join(said).decode(errors="replace")
+    assert status == 0
+    assert "leaves no room" in shown
+    assert "/reset begins anew" in shown
+    assert "Traceback" not in shown
