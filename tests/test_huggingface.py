@@ -111,6 +111,7 @@ def test_parameter_names_are_the_models(config: ThinkerConfig) -> None:
 
 def test_transformers_loads_what_is_published(tmp_path: Path, config: ThinkerConfig) -> None:
     """Catches a name or shape that transformers misses, doesn't expect, or fills with random numbers."""
+    config = config.changed(rope_theta=700.0)  # nobody's default
     run = run_with(tmp_path, config, 1)
     model, info = AutoModelForCausalLM.from_pretrained(run, output_loading_info=True)
     assert not any(info.values()), info
@@ -139,9 +140,12 @@ def _owners(array: np.ndarray, values: dict[str, np.ndarray]) -> list[np.ndarray
 
 def test_settings_survive(config: ThinkerConfig) -> None:
     """Catches a setting that is written under a key nobody reads."""
-    config = config.changed(layer_scale=None)
+    config = config.changed(layer_scale=None, rope_theta=700.0, norm_eps=1e-4, ctx_len=50)
     values = json.loads(json.dumps(write_config(config, "float32")))
     assert disagreement(read_config(values, "here"), config) is None
+    # Each major finds all it needs under its own keys.
+    for others in (("rope_parameters",), ("rope_theta", "rope_scaling")):
+        assert disagreement(read_config({k: v for k, v in values.items() if k not in others}, "here"), config) is None
 
 
 def test_every_architecture_has_the_class_of_the_design() -> None:
@@ -576,8 +580,9 @@ def test_special_tokens_are_found_where_they_are(tmp_path: Path) -> None:
         files = with_text(tmp_path, tiny_tokenizer(), tokenizer_config={"bos_token": token, "add_bos_token": True})
         assert (files.bos_id, files.add_bos) == (0, True)
     for processor in (BOS_FIRST, {"type": "Sequence", "processors": [{"type": "ByteLevel"}, BOS_FIRST]}):
-        files = with_text(tmp_path, tiny_tokenizer(post_processor=processor), tokenizer_config={"bos_token": "<s>"})
-        assert (files.bos_id, files.add_bos) == (0, True)
+        for settings in ({"bos_token": "<s>"}, {}):
+            files = with_text(tmp_path, tiny_tokenizer(post_processor=processor), tokenizer_config=settings)
+            assert (files.bos_id, files.add_bos) == (0, True)
 
 
 def test_chat_templates_are_found_where_they_are(tmp_path: Path) -> None:

@@ -233,8 +233,12 @@ def test_dropout_only_while_training(config: ThinkerConfig, build: Build) -> Non
         assert not torch.allclose(one, other)
         torch.manual_seed(0)
         assert torch.equal(model(tokens), one), "dropout must draw from torch's generator, for runs to repeat"
-    dropped = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
-    assert dropped == [config.dropout] * (1 + config.n_layers)
+    dropped: list[float] = []
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.register_forward_hook(lambda module, args, out: dropped.append(module.p))
+    model(tokens)
+    assert dropped == [config.dropout] * (1 + 2 * config.n_layers), "on the embedding and both branches of each block"
 
 
 # --- causality --------------------------------------------------------------------------------------------------------

@@ -207,7 +207,7 @@ def verify_gguf(path: Path, llm: LLM, tokens: np.ndarray, reference: np.ndarray,
 
     llama = llama_cpp.Llama(
         str(path),
-        n_ctx=llm.config.ctx_len,
+        n_ctx=max(llm.config.ctx_len, 256),  # less it rounds up, and complains
         n_batch=len(tokens),
         n_ubatch=len(tokens),
         type_k=llama_cpp.GGML_TYPE_F32,
@@ -240,6 +240,7 @@ def verify_gguf(path: Path, llm: LLM, tokens: np.ndarray, reference: np.ndarray,
             break
     ours = greedy(llm, prompt, room)
     same = next((i for i, (a, b) in enumerate(zip(ours, written, strict=True)) if a != b), room)
+    llama.close()
     continuation = Check(
         "llama.cpp: same greedy continuation", float(same), float(room), same == room if exact else None, "tokens"
     )

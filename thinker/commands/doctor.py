@@ -51,7 +51,9 @@ def show(title: str, checks: list[Check]) -> None:
     for check in checks:
         figures = ("" if value is None else written(value) for value in (check.figure, check.tolerance))
         table.add_row(check.name, *figures, verdicts[check.passed], f"[dim]{check.note}[/]")
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    console.width = max(console.width, 110)  # a pipe or a file has no width of its own
+    console.print(table)
 
 
 def written(value: float) -> str:

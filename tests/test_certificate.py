@@ -1,0 +1,128 @@
+"""The certificate: what it passes, and above all what it fails."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import randomise, small
+
+from thinker import certificate
+from thinker.certificate import certify, within
+from thinker.checkpoint.publish import Publication, write_view
+from thinker.commands import parse
+from thinker.commands.doctor import Options, run
+from thinker.llm import load
+from thinker.model import ThinkerLM
+from thinker.tokenizer import Tokenizer
+
+TEXTS = ["some words to make a tokenizer of, twice: some words to make a tokenizer of"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """publish(name): a small random model of that architecture as a folder, with a tokenizer."""
+
+    def publish(name):
+        tokenizer = Tokenizer.train(TEXTS, 320)
+        config = small(name, vocab_size=tokenizer.vocab_size)
+        model = randomise(ThinkerLM(config))
+        arrays = {key: p.detach().numpy() for key, p in model.named_parameters()}
+        publication = Publication(bos_id=tokenizer.bos_id, eos_ids=(tokenizer.eos_id,), add_bos=True)
+        write_view(tmp_path / name, 1, config, arrays, publication, tokenizer.to_json())
+        return tmp_path / name
+
+    return publish
+
+
+def quiet(line):
+    pass
+
+
+@pytest.mark.parametrize("name", ["dense", "gqa_qk_norm", "moe_gqa_qk_norm", "plain_relu2", "tied"])
+def test_an_honest_model_passes_everything(folder, name):
+    """Bug: a check that compares different things, or one that never ran."""
+    checks = certify(load(folder(name), "torch"), quiet)
+    failed = [check for check in checks if check.passed is False]
+    assert not failed, failed
+    names = " ".join(check.name for check in checks)
+    for way in ("torch: cached", "torch: a batch", "embeddings", "native: cached", "transformers", "llama.cpp"):
+        assert way in names
+    native = [check for check in checks if check.name.startswith("native:") and "equals the plain" not in check.name]
+    assert all(check.figure == 0 for check in native if check.figure is not None), "the same bytes are promised"
+
+
+def test_what_no_other_program_can_run_is_said_and_does_not_fail(folder):
+    """Bug: a gate that llama.cpp computes as silu is certified, or the whole certificate fails for want of a class."""
+    checks = {check.name: check for check in certify(load(folder("gelu_gate"), "torch"), quiet)}
+    left_out = checks["llama.cpp equals Thinker"]
+    assert left_out.passed is None
+    assert "gelu" in left_out.note
+
+
+def test_a_decoder_that_is_wrong_fails(folder, monkeypatch):
+    """Bug: the certificate passes a cache that attends to position 0 only, since it compares a thing with itself."""
+    from thinker.decode.torch_decoder import TorchDecoder
+
+    honest = TorchDecoder.step
+    monkeypatch.setattr(TorchDecoder, "step", lambda self, slots, tokens: honest(self, slots, np.asarray(tokens) // 2))
+    checks = {check.name: check for check in certify(load(folder("dense"), "torch"), quiet)}
+    assert checks["torch: cached equals uncached"].passed is False
+    assert checks["torch: embeddings equal ids"].passed is True
+
+
+def test_a_published_view_that_differs_from_the_network_fails(folder, monkeypatch):
+    """Bug: transformers is asked about another folder than the model's."""
+    path = folder("dense")
+    llm = load(path, "torch")
+    with torch.no_grad():
+        llm.model.blocks[0].attn.out_proj.weight.mul_(1.01)
+    checks = {check.name: check for check in certify(llm, quiet)}
+    assert checks["transformers equals Thinker"].passed is False
+
+
+def test_weights_with_nan_fail_in_one_line(folder):
+    """Bug: NaN compares as no difference."""
+    path = folder("dense")
+    llm = load(path, "torch")
+    assert within("x", np.array([np.nan]), np.array([1.0])).passed is False
+
+    class Broken(dict):
+        def __getitem__(self, name):
+            raise ValueError(f"{name} holds NaN")
+
+    llm.files = dataclasses.replace(llm.files, tensors=Broken(llm.files.tensors))
+    checks = certify(llm, quiet)
+    assert [check.passed for check in checks] == [False]
+    assert "NaN" in checks[0].note
+
+
+def test_exit_status_and_json(folder, capsys, monkeypatch):
+    """Bug: a failed certificate exits with 0, or its JSON can't be read."""
+    path = folder("dense")
+    assert run(parse(Options, "doctor", [str(path), "--json"])) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["passed"] is True
+    assert len(report["checks"]) > 8
+    monkeypatch.setattr(certificate, "FLOAT32_SHARE", -1.0)
+    monkeypatch.setattr(certificate.within, "__defaults__", (-1.0, ""))
+    assert run(parse(Options, "doctor", [str(path)])) == 1
+    assert "FAIL" in capsys.readouterr().out
+
+
+def test_export_writes_checks_and_never_overwrites(folder, tmp_path, capsys):
+    """Bug: yesterday's export is gone, or a file that llama.cpp reads differently passes."""
+    from thinker.commands import export
+
+    path, out = folder("gqa"), tmp_path / "model.gguf"
+    assert export.run(parse(export.Options, "export", [str(path), str(out), "--type", "f32"])) == 0
+    shown = capsys.readouterr()
+    assert ("same greedy continuation" in shown.out) != ("llama-cpp-python is not installed" in shown.err)
+    with pytest.raises(ValueError, match="--force"):
+        export.run(parse(export.Options, "export", [str(path), str(out)]))
+    with pytest.raises(ValueError, match=r"must end in \.gguf"):
+        export.run(parse(export.Options, "export", [str(path), str(tmp_path / "model.bin")]))
+    with pytest.raises(ValueError, match="gelu"):
+        export.run(parse(export.Options, "export", [str(folder("gelu_gate")), str(tmp_path / "b.gguf")]))
+    assert not (tmp_path / "b.gguf").exists()
