@@ -21,8 +21,8 @@ class KVCache:
     """Keys and values of every layer, preallocated: two tensors (n_layers, B, G, C, head_dim).
 
     `lengths[b]` positions of row b are filled. Rows may differ in length: with lengths [3, 1], one new token each goes
-    to columns 3 and 1, the forward attends over 4 columns, and row 1 sees the first 2 of them. It is for inference: with
-    gradients switched on, autograd would keep every step.
+    to columns 3 and 1, the forward attends over 4 columns, and row 1 sees the first 2 of them. It is for inference:
+    with gradients switched on, autograd would keep every step.
     """
 
     keys: Tensor

@@ -1,0 +1,32 @@
+"""Decoding with kernels that Numba compiles for this processor: no torch, and no compiler to install.
+
+`decoder.py` is the door; `forward.py` the network with its two halves `attention.py` and `mlp.py`, `product.py` the one
+matrix product, `layout.py` and `packing.py` the memory, `team.py` the threads, `compiling.py` the disk cache.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from ..decoder import Weights
+    from .decoder import NativeDecoder
+
+
+class NativeUnavailable(RuntimeError):
+    """The kernels can't be had on this machine; `TorchDecoder` does the same, slower. The message says why."""
+
+
+def open_native(
+    files: Weights, slots: int = 1, dtype: Literal["float32", "int8"] = "float32", threads: int | None = None
+) -> NativeDecoder:
+    """A `NativeDecoder`, or `NativeUnavailable` if Numba is missing or can't compile for this processor."""
+    try:
+        from .decoder import NativeDecoder
+        from .team import compile_kernels
+
+        compile_kernels()
+    except Exception as error:
+        # Whatever goes wrong in here is Numba's or LLVM's, which raise anything: no part of the model is touched yet.
+        raise NativeUnavailable(f"no native kernels on this machine: {type(error).__name__}: {error}") from error
+    return NativeDecoder(files, slots, dtype, threads)

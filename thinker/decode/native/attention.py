@@ -1,0 +1,162 @@
+"""The attention half of a block, three phases: q, k and v; attention; the output projection.
+
+Who computes which head or column is decided by `share`; every number is one thread's work from its first term to its
+last. See `forward.py` for how phases follow each other.
+"""
+
+# N rows, D d_model, H query heads, G key/value heads
+
+from __future__ import annotations
+
+from numba import njit
+
+from .elementwise import norm, rotate, softmax
+from .layout import CHUNK
+from .memory import floats, integers
+from .product import PANEL, product, product_q8
+
+
+@njit(error_model="numpy")
+def share(me, threads, count):  # type: ignore[no-untyped-def]
+    """What falls to thread `me` of 0 to count - 1."""
+    return count * me // threads, count * (me + 1) // threads
+
+
+@njit(error_model="numpy")
+def multiply(s, x, x_at, x_step, rows, w_at, w_step, panels, k, out, out_at, out_step):  # type: ignore[no-untyped-def]
+    """A product with the model's weights, in the type they have."""
+    if s.quantised:
+        product_q8(x, x_at, x_step, rows, s.weights, w_at, w_step, panels, s.scales, k, out, out_at, out_step)
+    else:
+        product(x, x_at, x_step, rows, s.weights, w_at, w_step, panels, s.scales, k, out, out_at, out_step)
+
+
+@njit(error_model="numpy")
+def norm_rows(s, own, scale_at, first, last):  # type: ignore[no-untyped-def]
+    """RMSNorm of rows first to last - 1 of x into the thread's own rows."""
+    scale = floats(s.floats, scale_at, s.d_model)
+    for row in range(first, last):
+        norm(floats(s.x, row * s.d_model, s.d_model), scale, s.eps, floats(own, row * s.d_model, s.d_model))
+
+
+@njit(error_model="numpy")
+def project(me, s, job, layer):  # type: ignore[no-untyped-def]
+    """q, k and v of some heads, normed and turned: q into the work space, k and v into the cache."""
+    D, H, G = s.d_model, s.heads, s.groups
+    own = s.own + me * s.step_own
+    at, at_floats = s.at_layers + layer * s.step_layer, s.at_layer_floats + layer * s.step_layer_floats
+    norm_rows(s, own, at_floats, 0, job.rows)
+    head, last = share(me, job.threads, H + 2 * G)
+    while head < last:
+        count = min(max(CHUNK // s.head_panels, 1), last - head)
+        step = count * s.head_width
+        first = at + head * s.head_width * D
+        multiply(s, own, 0, D, job.rows, first, D * PANEL, count * s.head_panels, D, own, s.at_tile, step)
+        for row in range(job.rows):
+            for i in range(count):
+                finish_head(s, own, s.at_tile + row * step + i * s.head_width, row, layer, at_floats, head + i)
+        head += count
+
+
+@njit(error_model="numpy")
+def finish_head(s, own, at, row, layer, at_floats, head):  # type: ignore[no-untyped-def]
+    """One head of one row: query heads come first, then those of keys, then those of values."""
+    H, G, width, half = s.heads, s.groups, s.width, s.width // 2
+    x = floats(own, at, width)
+    place = integers(s.places, row, 1)[0]
+    cache = integers(s.slots, row, 1)[0] * s.step_slot + layer * s.step_layer_cache
+    if head < H + G:
+        if s.qk_norm:
+            at_norm = s.at_q_norm if head < H else s.at_k_norm
+            norm(x, floats(s.floats, at_floats + at_norm, width), s.eps, x)
+        cos, sin = floats(s.floats, s.at_cos + place * half, half), floats(s.floats, s.at_sin + place * half, half)
+        rotate(floats(own, at, half), floats(own, at + half, half), cos, sin)
+    if head < H:
+        q = floats(s.q, (row * H + head) * s.head_width, width)
+        for i in range(width):
+            q[i] = x[i] * s.scale
+    elif head < H + G:
+        start = cache + (head - H) * s.step_head_cache + place // PANEL * width * PANEL + place % PANEL
+        k = floats(s.keys, start, width * PANEL)  # (width, position % 32)
+        for i in range(width):
+            k[i * PANEL] = x[i]
+    else:
+        start = cache + (head - H - G) * s.step_head_cache + place * PANEL
+        for panel in range(s.head_panels):  # (dimension / 32, position, dimension % 32)
+            v = floats(s.values, start + panel * s.capacity * PANEL, PANEL)
+            source = floats(own, at + panel * PANEL, PANEL)
+            for i in range(PANEL):  # what is beyond `width` is the product with padding, zeros
+                v[i] = source[i]
+
+
+@njit(error_model="numpy")
+def attend(me, s, job, layer):  # type: ignore[no-untyped-def]
+    """Attention of some rows and heads.
+
+    Neighbours in a prompt share the keys of a head, a single token's heads those of their group: either way several
+    queries meet the same keys in one product. Which way never changes a bit, only who has how much to do.
+    """
+    H, G = s.heads, s.groups
+    by_group = job.together == 1 and (job.rows * G % job.threads == 0 or job.rows * G >= 4 * job.threads)
+    heads = H // G if by_group else 1
+    blocks = (job.rows + job.together - 1) // job.together
+    first, last = share(me, job.threads, H // heads * blocks)
+    for item in range(first, last):
+        row = item % blocks * job.together
+        count = min(job.together, job.rows - row)
+        attend_to(s, job, s.own + me * s.step_own, row, count, item // blocks * heads, heads, layer)
+
+
+@njit(error_model="numpy")
+def attend_to(s, job, own, row, count, head, heads, layer):  # type: ignore[no-untyped-def]
+    """`count` neighbouring rows of a slot by one head, or one row by several heads of one group."""
+    H, width, capacity, tile = s.heads, s.width, s.capacity, s.at_tile
+    places = integers(s.places, row, count)
+    visible = places[count - 1] + 1
+    cache = integers(s.slots, row, 1)[0] * s.step_slot + layer * s.step_layer_cache
+    cache += head // (H // s.groups) * s.step_head_cache
+    queries = max(count, heads)
+    step_q = s.head_width if heads > 1 else H * s.head_width
+    at_q = (row * H + head) * s.head_width
+    panels = (visible + PANEL - 1) // PANEL
+    product(s.q, at_q, step_q, queries, s.keys, cache, width * PANEL, panels, 0, width, own, s.at_scores, capacity)
+    for query in range(queries):
+        sees = visible if heads > 1 else places[query] + 1
+        weights = floats(own, s.at_scores + query * capacity, sees)
+        softmax(weights)
+        later = floats(own, s.at_scores + query * capacity + sees, visible - sees)
+        for i in range(visible - sees):
+            later[i] = 0
+        if job.traced:
+            line = (layer * H + head + (query if heads > 1 else 0)) * job.traced + sees - 1
+            kept = floats(job.seen_attention, line * job.traced, sees)
+            for i in range(sees):
+                kept[i] = weights[i]
+    step = capacity * PANEL
+    product(
+        own, s.at_scores, capacity, queries, s.values, cache, step, s.head_panels, 0, visible, own, tile, s.head_width
+    )
+    for query in range(queries):
+        place = row * H + head + (query if heads > 1 else query * H)
+        y, answer = floats(s.y, place * width, width), floats(own, tile + query * s.head_width, width)
+        for i in range(width):
+            y[i] = answer[i]
+
+
+@njit(error_model="numpy")
+def add_attention(me, s, job, layer):  # type: ignore[no-untyped-def]
+    """x = x + out_proj(y), for some of its columns."""
+    D, inner, tile = s.d_model, s.heads * s.width, s.at_tile
+    own = s.own + me * s.step_own
+    panel, last = share(me, job.threads, s.model_panels)
+    while panel < last:
+        count = min(CHUNK, last - panel)
+        at = s.at_layers + layer * s.step_layer + s.at_out + panel * inner * PANEL
+        multiply(s, s.y, 0, inner, job.rows, at, inner * PANEL, count, inner, own, tile, count * PANEL)
+        columns = min(count * PANEL, D - panel * PANEL)
+        for row in range(job.rows):
+            x = floats(s.x, row * D + panel * PANEL, columns)
+            y = floats(own, tile + row * count * PANEL, columns)
+            for i in range(columns):
+                x[i] += y[i]
+        panel += count

@@ -1,0 +1,85 @@
+"""The network for up to 64 rows at once, each a token of some slot at some place in it.
+
+Within a phase every thread makes its own share of the outputs, whole; between phases the threads meet. What all of them
+need and what is cheap (norms, routing) each works out for itself, which costs less than one more meeting. A row's
+arithmetic is the same whoever its neighbours are and however many threads there are.
+"""
+
+# N rows, D d_model, V vocab_size
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from .atomics import barrier
+from .attention import add_attention, attend, multiply, norm_rows, project, share
+from .memory import bytes_, floats, integers, shorts
+from .mlp import contract, expand
+from .product import BLOCK, PANEL, sum_of_squares
+
+# What to do, for all threads: how many rows and threads; `together` neighbours of one slot attend together (1 if each
+# row has a slot of its own); logits from which row on; `traced` positions to be kept for a person to see, 0 for none.
+JOB_FIELDS = "rows threads together logits_from traced seen_attention seen_experts seen_shares seen_norms".split()
+
+
+@njit(error_model="numpy", inline="always")
+def forward(me, s, job):  # type: ignore[no-untyped-def]
+    """The rows' vectors x through all layers, and logits."""
+    for layer in range(s.layers):
+        keep_norms(me, s, job, layer)
+        project(me, s, job, layer)
+        barrier(me, job.threads, s.sync)
+        attend(me, s, job, layer)
+        barrier(me, job.threads, s.sync)
+        add_attention(me, s, job, layer)
+        barrier(me, job.threads, s.sync)
+        expand(me, s, job, layer)
+        barrier(me, job.threads, s.sync)
+        contract(me, s, job, layer)
+        barrier(me, job.threads, s.sync)
+    keep_norms(me, s, job, s.layers)
+    head(me, s, job)
+    barrier(me, job.threads, s.sync)
+
+
+@njit(error_model="numpy")
+def embed(me, s, job):  # type: ignore[no-untyped-def]
+    """x = the tokens' vectors, some of their columns. They lie across a panel, since the head may share the matrix."""
+    D = s.d_model
+    first, last = share(me, job.threads, D)
+    for row in range(job.rows):
+        token = integers(s.tokens, row, 1)[0]
+        at = s.at_embedding + token // PANEL * D * PANEL
+        x = floats(s.x, row * D, D)
+        if not s.quantised:
+            column = floats(s.weights, at + token % PANEL, D * PANEL)
+            for i in range(first, last):
+                x[i] = column[i * PANEL]
+        else:
+            quants = bytes_(s.weights, at + token % PANEL, D * PANEL)
+            scales = shorts(s.scales, at // BLOCK + token % PANEL, D // BLOCK * PANEL)
+            for i in range(first, last):
+                # float16 bits to float32: 13 bits more of mantissa, and an exponent that counts from 127 and not 15.
+                scale = np.int32(np.int32(scales[i // BLOCK * PANEL]) << 13).view(np.float32) * np.float32(2.0**112)
+                x[i] = np.float32(quants[i * PANEL]) * scale
+
+
+@njit(error_model="numpy")
+def head(me, s, job):  # type: ignore[no-untyped-def]
+    """Logits of the rows from `logits_from` on, for some of the vocabulary."""
+    D, row = s.d_model, job.logits_from
+    own = s.own + me * s.step_own
+    norm_rows(s, own, s.at_norm, row, job.rows)
+    first, last = share(me, job.threads, s.vocab_panels)
+    at, to = s.at_head + first * D * PANEL, row * s.vocab_width + first * PANEL
+    multiply(s, own, row * D, D, job.rows - row, at, D * PANEL, last - first, D, s.logits, to, s.vocab_width)
+
+
+@njit(error_model="numpy")
+def keep_norms(me, s, job, layer):  # type: ignore[no-untyped-def]
+    """For a trace: the length of the rows' vectors before a layer, or after the last."""
+    if job.traced and me == 0:
+        for row in range(job.rows):
+            place = layer * job.traced + integers(s.places, row, 1)[0]
+            floats(job.seen_norms, place, 1)[0] = np.sqrt(sum_of_squares(floats(s.x, row * s.d_model, s.d_model)))

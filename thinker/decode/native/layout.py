@@ -1,0 +1,151 @@
+"""Where everything lies: a model's sizes, and the places of its weights, caches and work space in a few flat arrays.
+
+The kernels read one record, `SHAPE`, which holds counts, addresses (of arrays that `decoder.py` keeps alive) and places
+(in elements from such an address). Heads, hidden layers and the vocabulary are padded to whole panels of 32. How
+tensors get there is `packing.py`'s business.
+"""
+
+# D d_model, H query heads, G key/value heads, F d_ff, E experts, K experts per token
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...config import ThinkerConfig
+from .elementwise import ACTIVATIONS
+from .product import PANEL
+
+ROWS = 64  # rows of one pass: a block of a prompt, or one token each of so many slots
+CHUNK = 4  # panels that one product makes before its results are used
+QUERIES = 8  # rows of a prompt that attend together
+LINE = 16  # elements of a cache line of float32
+
+_COUNTS = """layers d_model d_ff heads groups width vocab experts chosen gated mixture qk_norm quantised activation
+    ctx_len capacity head_panels ff_panels model_panels vocab_panels head_width ff_width vocab_width"""
+_ADDRESSES = "weights scales floats keys values x q y hidden logits own plan slots places tokens sync"
+_PLACES = """at_layers step_layer at_out at_up step_up at_down step_down at_embedding at_head
+    at_cos at_sin at_norm at_layer_floats step_layer_floats at_norm2 at_q_norm at_k_norm at_router
+    step_slot step_layer_cache step_head_cache
+    step_own at_gathered at_shares at_tile at_scores step_plan at_source at_pair at_first"""
+SHAPE = np.dtype(
+    [(name, np.int64) for name in (_COUNTS + " " + _ADDRESSES + " " + _PLACES).split()]
+    + [("eps", np.float32), ("scale", np.float32)]
+)
+
+
+def panels(outputs: int) -> int:
+    """How many panels hold so many outputs."""
+    return -(-outputs // PANEL)
+
+
+def aligned(size: int, dtype: Any) -> np.ndarray:
+    """Zeros, flat, from the beginning of a cache line on, so that no vector lies across two; memory comes with use."""
+    line, width = LINE * 4, np.dtype(dtype).itemsize
+    raw = np.zeros(size * width + line, np.uint8)
+    start = -raw.ctypes.data % line
+    return raw[start : start + size * width].view(dtype)
+
+
+class Places:
+    """Hands out places in a flat array one after another, each at the beginning of a cache line."""
+
+    def __init__(self) -> None:
+        self.size = 0
+
+    def take(self, size: int) -> int:
+        """The place of the next `size` elements."""
+        at = self.size
+        self.size += -(-size // 64) * 64
+        return at
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Elements of the flat arrays."""
+
+    weights: int
+    floats: int
+    slot: int  # of keys, and of values, for one slot
+    work: int
+    plan: int
+
+
+def lay_out(config: ThinkerConfig, quantised: bool, threads: int) -> tuple[np.ndarray, Sizes]:
+    """The record for a model, (1,) of `SHAPE`, all but its addresses, and the sizes of what they will point to."""
+    record = np.zeros(1, SHAPE)
+    s = record[0]
+    D, F, H, G, width = config.d_model, config.d_ff, config.n_heads, config.n_kv_heads, config.head_width
+    E, K = (config.num_experts, config.num_experts_per_tok) if config.use_moe else (1, 1)
+    counts = {
+        "layers": config.n_layers,
+        "d_model": D,
+        "d_ff": F,
+        "heads": H,
+        "groups": G,
+        "width": width,
+        "vocab": config.vocab_size,
+        "experts": E,
+        "chosen": K,
+        "gated": config.use_swiglu,
+        "mixture": config.use_moe,
+        "qk_norm": config.use_qk_norm,
+        "quantised": quantised,
+        "activation": ACTIVATIONS.index(config.activation_name),
+        "ctx_len": config.ctx_len,
+        "capacity": panels(config.ctx_len) * PANEL,
+    }
+    for name, value in counts.items():
+        s[name] = value
+    for name, value in (("head", width), ("ff", F), ("model", D), ("vocab", config.vocab_size)):
+        s[f"{name}_panels"] = panels(value)
+        if name != "model":
+            s[f"{name}_width"] = panels(value) * PANEL
+    s["eps"], s["scale"] = config.norm_eps, 1 / np.sqrt(width)
+    head_width, ff_width, vocab_width = int(s["head_width"]), int(s["ff_width"]), int(s["vocab_width"])
+    together = max(QUERIES, H // G)
+
+    # Weights: layers of (q, k, v heads | out_proj | experts' gate and up panels in turn | their down), head, embedding.
+    layer = Places()
+    layer.take((H + 2 * G) * head_width * D)
+    s["step_up"], s["step_down"] = (1 + config.use_swiglu) * ff_width * D, panels(D) * PANEL * F
+    s["at_out"] = layer.take(panels(D) * PANEL * H * width)
+    s["at_up"], s["at_down"] = layer.take(E * int(s["step_up"])), layer.take(E * int(s["step_down"]))
+    weights = Places()
+    s["step_layer"], s["at_layers"] = layer.size, weights.take(config.n_layers * layer.size)
+    s["at_head"] = weights.take(vocab_width * D)
+    s["at_embedding"] = s["at_head"] if config.tie_embeddings else weights.take(vocab_width * D)
+
+    # Floats: RoPE's tables, the last norm, layers of (norm1 | norm2 | q_norm | k_norm | router).
+    layer = Places()
+    layer.take(D)
+    s["at_norm2"], s["at_q_norm"], s["at_k_norm"] = layer.take(D), layer.take(width), layer.take(width)
+    s["at_router"] = layer.take(panels(E) * PANEL * D)
+    floats = Places()
+    s["at_cos"], s["at_sin"] = (floats.take(config.ctx_len * (width // 2)) for _ in range(2))
+    s["at_norm"] = floats.take(D)
+    s["step_layer_floats"], s["at_layer_floats"] = layer.size, floats.take(config.n_layers * layer.size)
+
+    # Caches: keys (slot, layer, group, position / 32, width, position % 32), since scores are a product whose outputs
+    # are positions; values (slot, layer, group, dimension / 32, position, dimension % 32).
+    s["step_head_cache"] = int(s["capacity"]) * head_width
+    s["step_layer_cache"] = G * int(s["step_head_cache"])
+    s["step_slot"] = config.n_layers * int(s["step_layer_cache"])
+
+    # Work that threads share, addresses for now counted from 0; then what each has of its own.
+    work = Places()
+    s["x"], s["q"], s["y"] = work.take(ROWS * D), work.take(ROWS * H * head_width), work.take(ROWS * H * width)
+    s["hidden"], s["logits"] = work.take(ROWS * K * ff_width), work.take(ROWS * vocab_width)
+    own = Places()
+    own.take(ROWS * D)
+    s["at_gathered"], s["at_shares"] = own.take(ROWS * K * D), own.take(ROWS * K)
+    widest = max(K * CHUNK * PANEL, head_width, panels(E) * PANEL)
+    s["at_tile"] = own.take(max(ROWS * widest, together * head_width))
+    s["at_scores"] = own.take(together * int(s["capacity"]))
+    s["step_own"], s["own"] = own.size, work.take(threads * own.size)
+    plan = Places()
+    s["at_source"], s["at_pair"], s["at_first"] = plan.take(ROWS * K), plan.take(ROWS * K), plan.take(E + 1)
+    s["step_plan"] = plan.size
+    return record, Sizes(weights.size, floats.size, int(s["step_slot"]), work.size, threads * plan.size)

@@ -1,0 +1,58 @@
+"""Looking at memory from compiled code: parts of flat arrays, by address.
+
+The kernels are given one record with the addresses of all arrays, since every array that is passed on its own costs a
+call time and the compiler work. Whoever makes the record keeps the arrays alive and sizes them (`layout.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
+
+
+def _view(dtype: Any) -> Any:
+    @intrinsic
+    def view(typing: Any, address: Any, at: Any, count: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            address, at, count = arguments
+            size = context.get_constant(types.intp, dtype.bitwidth // 8)
+            array = context.make_array(signature.return_type)(context, builder)
+            base = builder.inttoptr(address, context.get_data_type(dtype).as_pointer())
+            shape, strides = cgutils.pack_array(builder, [count]), cgutils.pack_array(builder, [size])
+            populate_array(array, builder.gep(base, [at]), shape, strides, size, None)
+            return array._getvalue()
+
+        return types.Array(dtype, 1, "C")(types.int64, types.int64, types.int64), generate
+
+    return view
+
+
+# floats(address, at, count): a view of elements at to at + count - 1 of the array that begins at the address. Unlike
+# a slice it counts no references, over which threads would fight; its indices are never negative, which allows vectors.
+floats, doubles = _view(types.float32), _view(types.float64)
+integers, unsigned, shorts = _view(types.int64), _view(types.uint64), _view(types.int16)
+bytes_, marks, words = _view(types.int8), _view(types.uint8), _view(types.int32)
+
+
+@intrinsic
+def apart(typing: Any) -> Any:
+    """Keep the function that calls this out of its callers, so that it is not compiled again in each of them."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+def pointer(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, *indices: ir.Value) -> ir.Value:
+    """Where the element with the sum of the indices lies, for other intrinsics."""
+    place = builder.inttoptr(address, kind.as_pointer())
+    for index in indices:
+        place = builder.gep(place, [index])
+    return place

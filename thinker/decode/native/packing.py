@@ -1,0 +1,139 @@
+"""From a model's tensors to the kernels' layout: panels of 32 outputs side by side, padded with zeros.
+
+Tensors of any float type or in Q8_0 come in by Thinker's names, one after another, so that never more than one is held
+twice. Panels of gate and up alternate, so that one pass makes both. What the places are is `layout.py`'s business.
+"""
+
+# D d_model, H query heads, G key/value heads, N rows (outputs) and k columns (inputs) of a matrix, P panels
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ...config import ThinkerConfig
+from ...formats.q8 import BLOCK, Q8Tensor
+from ...rope import rope_tables
+from ..decoder import Weights
+from .layout import Sizes, aligned, panels
+from .product import PANEL
+
+
+class Packed:
+    """A model's tensors: `weights` in float32, or int8 with `scales`, and what stays float32 in `floats`."""
+
+    def __init__(self, files: Weights, shape: np.ndarray, sizes: Sizes) -> None:
+        quantised = bool(shape[0]["quantised"])
+        self.tensors, self.quantised = files.tensors, quantised
+        self.weights = aligned(sizes.weights, np.int8 if quantised else np.float32)
+        # The bits of float16, since not every processor computes with it.
+        self.scales = aligned(sizes.weights // BLOCK if quantised else 1, np.int16)
+        self.floats = aligned(sizes.floats, np.float32)
+        config, s = files.config, shape[0]
+        for at, table in zip((s["at_cos"], s["at_sin"]), rope_tables(config), strict=True):
+            self.keep(at, table)
+        self.keep(s["at_norm"], self.tensors["norm.scale"])
+        self.pack(s["at_embedding"], "tok_emb.weight")
+        if not config.tie_embeddings:
+            self.pack(s["at_head"], "head.weight")
+        for layer in range(config.n_layers):
+            block = f"blocks.{layer}"
+            self.pack_block(config, s, block, s["at_layers"] + layer * s["step_layer"])
+            self.keep_block(config, s, block, s["at_layer_floats"] + layer * s["step_layer_floats"])
+
+    def pack_block(self, config: ThinkerConfig, s: Any, block: str, at: int) -> None:
+        """The matrices of one layer, from `at` on. Heads are padded one by one."""
+        H, G = config.n_heads, config.n_kv_heads
+        if config.use_gqa:
+            for name, first, heads in (("q", 0, H), ("k", H, G), ("v", H + G, G)):
+                start = at + first * s["head_width"] * config.d_model
+                self.pack(start, f"{block}.attn.{name}.weight", parts=heads)
+        else:
+            self.pack(at, f"{block}.attn.qkv.weight", parts=3 * H)
+        self.pack(at + s["at_out"], f"{block}.attn.out_proj.weight", factor=f"{block}.scale1")
+        up, down = at + s["at_up"], at + s["at_down"]
+        every = 2 if config.use_swiglu else 1
+        if config.use_moe:
+            experts = f"{block}.moe.experts"
+            for expert in range(config.num_experts):
+                self.pack(up + expert * s["step_up"], f"{experts}.gate_proj", index=expert, every=2)
+                self.pack(up + expert * s["step_up"], f"{experts}.up_proj", index=expert, every=2, first=1)
+                start = down + expert * s["step_down"]
+                self.pack(start, f"{experts}.down_proj", index=expert, factor=f"{block}.scale2")
+            return
+        if config.use_swiglu:
+            self.pack(up, f"{block}.mlp.gate_proj.weight", every=2)
+        self.pack(up, f"{block}.mlp.up_proj.weight", every=every, first=every - 1)
+        self.pack(down, f"{block}.mlp.down_proj.weight", factor=f"{block}.scale2")
+
+    def keep_block(self, config: ThinkerConfig, s: Any, block: str, at: int) -> None:
+        """The norms and the router of one layer, from `at` on."""
+        self.keep(at, self.tensors[f"{block}.norm1.scale"])
+        self.keep(at + s["at_norm2"], self.tensors[f"{block}.norm2.scale"])
+        if config.use_qk_norm:
+            self.keep(at + s["at_q_norm"], self.tensors[f"{block}.attn.q_norm.scale"])
+            self.keep(at + s["at_k_norm"], self.tensors[f"{block}.attn.k_norm.scale"])
+        if config.use_moe:
+            router = as_floats(self.tensors[f"{block}.moe.router.weight"])
+            count = panels(config.num_experts)
+            size = count * PANEL * config.d_model
+            to_panels(self.floats[at + s["at_router"] :][:size].reshape(count, -1, PANEL), router)
+
+    def keep(self, at: int, values: Any) -> None:
+        """A vector or table as it is, in float32."""
+        self.floats[at : at + values.size] = as_floats(values).reshape(-1)
+
+    def pack(
+        self,
+        at: int,
+        name: str,
+        *,
+        index: int | None = None,
+        parts: int = 1,
+        every: int = 1,
+        first: int = 0,
+        factor: str = "",
+    ) -> None:
+        """Panels of the matrix `name` (N, k), or of its `index`-th of a stack, from `at` on.
+
+        Its rows may form `parts` that are padded one by one. `every` 2 leaves every second panel to another matrix,
+        beginning with panel `first`. `factor` names a vector that scales the outputs, if there is one of that name.
+        """
+        matrix = self.tensors[name] if index is None else self.tensors[name][index]
+        if factor in self.tensors:
+            matrix = as_floats(matrix) * as_floats(self.tensors[factor])[:, None]
+        rows, k = matrix.shape[0] // parts, matrix.shape[1]
+        count = panels(rows)
+        if not self.quantised:
+            layers = [(self.weights, as_floats(matrix), 1)]
+        else:
+            if k % BLOCK:
+                raise ValueError(f"{name} has {k} inputs, and INT8 has blocks of {BLOCK}: use dtype float32")
+            quants, scales = as_q8(matrix)
+            layers = [(self.weights, quants, 1), (self.scales, scales.view(np.int16), BLOCK)]
+        for target, source, block in layers:
+            depth, start = k // block, at // block
+            size = count * every * depth * PANEL
+            for part in range(parts):
+                place = target[start + part * size : start + (part + 1) * size].reshape(count, every, depth, PANEL)
+                to_panels(place[:, first], source[part * rows : (part + 1) * rows])
+
+
+def to_panels(target: np.ndarray, rows: np.ndarray) -> None:
+    """Copy (N, k) into panels (P, k, 32); what is beyond N stays as it is."""
+    whole = len(rows) // PANEL
+    target[:whole] = rows[: whole * PANEL].reshape(whole, PANEL, rows.shape[1]).transpose(0, 2, 1)
+    if len(rows) % PANEL:
+        target[whole, :, : len(rows) % PANEL] = rows[whole * PANEL :].T
+
+
+def as_floats(array: Any) -> np.ndarray:
+    """Any tensor in float32; Q8_0 is multiplied out, exactly."""
+    return array.to_float32() if isinstance(array, Q8Tensor) else np.asarray(array, np.float32)
+
+
+def as_q8(array: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Any matrix (N, k) as int8 (N, k) and float16 scales (N, k / 32); Q8_0 is taken without another rounding."""
+    tensor = array if isinstance(array, Q8Tensor) else Q8Tensor.quantise(array)
+    return tensor.quants, tensor.scales

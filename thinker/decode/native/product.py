@@ -1,0 +1,230 @@
+"""The one matrix product of native decoding, and two sums over a row, written as vector instructions.
+
+Numba's loops can't keep a block of sums in registers, so these inner loops are emitted directly: sixteen outputs are
+the lanes of a vector, and each lane adds its inputs from the first to the last with fused multiply-adds. What one
+output is made of never depends on how many rows or panels a call covers, so neither do its bits. LLVM splits the vectors
+on processors with narrower registers. Everything around these loops is ordinary Numba and lives in the other kernels.
+"""
+
+# R rows, P panels, k inputs; a panel is PANEL outputs side by side: (k, PANEL), and (k / BLOCK, PANEL) for its scales
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from .memory import apart, pointer
+
+LANES = 16  # float32 in one vector
+PANEL = 32  # outputs side by side in memory
+BLOCK = 32  # inputs that share a scale in INT8
+
+INT, SHORT, BYTE, FLOAT = ir.IntType(64), ir.IntType(16), ir.IntType(8), ir.FloatType()
+FLOATS = ir.VectorType(FLOAT, LANES)
+WORDS = ir.VectorType(ir.IntType(32), LANES)
+Loop = Callable[[ir.Value, list[ir.Value]], list[ir.Value]]
+
+
+def _loop(
+    builder: ir.IRBuilder, start: ir.Value, stop: ir.Value, step: int, sums: Sequence[ir.Value], body: Loop
+) -> list:
+    """for i in range(start, stop, step): sums = body(i, sums); with sums held in registers."""
+    before = builder.block
+    head, inside, after = (builder.append_basic_block(name) for name in ("head", "body", "after"))
+    builder.branch(head)
+    builder.position_at_end(head)
+    i = builder.phi(INT)
+    i.add_incoming(start, before)
+    carried = []
+    for value in sums:
+        carried.append(builder.phi(value.type))
+        carried[-1].add_incoming(value, before)
+    builder.cbranch(builder.icmp_signed("<", i, stop), inside, after)
+    builder.position_at_end(inside)
+    results = body(i, carried)
+    i.add_incoming(builder.add(i, INT(step)), builder.block)
+    for phi, value in zip(carried, results, strict=True):
+        phi.add_incoming(value, builder.block)
+    builder.branch(head)
+    builder.position_at_end(after)
+    return carried
+
+
+def _load(builder: ir.IRBuilder, pointer: ir.Value, lanes: int = LANES) -> ir.Value:
+    element = pointer.type.pointee
+    value = builder.load(builder.bitcast(pointer, ir.VectorType(element, lanes).as_pointer()))
+    value.align = element.width // 8 if isinstance(element, ir.IntType) else 4
+    return value
+
+
+def _store(builder: ir.IRBuilder, value: ir.Value, pointer: ir.Value) -> None:
+    builder.store(value, builder.bitcast(pointer, value.type.as_pointer())).align = 4
+
+
+def _spread(builder: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
+    """The same number in every lane."""
+    undefined = ir.Constant(FLOATS, ir.Undefined)
+    first = builder.insert_element(undefined, scalar, ir.IntType(32)(0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(WORDS, [0] * LANES))
+
+
+def _same(kind: ir.Type, value: float | int) -> ir.Constant:
+    return ir.Constant(kind, [value] * LANES)
+
+
+def _fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    """a * b + c, rounded once."""
+    name = f"llvm.fma.v{LANES}f32"
+    return builder.call(
+        cgutils.get_or_insert_function(builder.module, ir.FunctionType(FLOATS, [FLOATS] * 3), name), [a, b, c]
+    )
+
+
+def _from_half(builder: ir.IRBuilder, half: ir.Value) -> ir.Value:
+    """Positive float16 bits as float32, without the instruction that older processors lack.
+
+    Exponent and mantissa move to their places in float32, whose exponent counts from 127 and not from 15.
+    """
+    bits = builder.shl(builder.zext(half, WORDS), _same(WORDS, 13))
+    return builder.fmul(builder.bitcast(bits, FLOATS), _same(FLOATS, 2.0**112))
+
+
+def _tile(rows: int, panels: int, quantised: bool) -> Any:
+    """The product of R rows and P panels, for fixed R and P: out (R, 32 P) = x (R, k) times w (P, k, 32).
+
+    In INT8 the sum of a block of 32 inputs is scaled as a whole.
+    """
+    places = [divmod(lane, PANEL) for lane in range(0, panels * PANEL, LANES)]  # panel and lane of each vector
+    vectors = len(places)
+
+    @intrinsic
+    def tile(typing, x, x_at, x_step, w, w_at, w_step, scales, k, out, out_at, out_step):  # type: ignore[no-untyped-def]
+        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            x, x_at, x_step, w, w_at, w_step, scales, k, out, out_at, out_step = arguments
+            zeros = [_same(FLOATS, 0.0)] * (rows * vectors)
+
+            def columns(address, kind, at, step):  # type: ignore[no-untyped-def]
+                starts = [builder.add(builder.mul(step, INT(panel)), INT(lane)) for panel, lane in places]
+                return [pointer(builder, address, kind, at, start) for start in starts]
+
+            def add_products(j, sums):  # type: ignore[no-untyped-def]
+                weights = [_load(builder, builder.gep(column, [builder.mul(j, INT(PANEL))])) for column in w_columns]
+                if quantised:
+                    weights = [builder.sitofp(builder.sext(weight, WORDS), FLOATS) for weight in weights]
+                values = [_spread(builder, builder.load(builder.gep(row, [j]))) for row in x_rows]
+                return [
+                    _fma(builder, weights[i % vectors], values[i // vectors], total) for i, total in enumerate(sums)
+                ]
+
+            def add_block(j, sums):  # type: ignore[no-untyped-def]
+                parts = _loop(builder, j, builder.add(j, INT(BLOCK)), 1, zeros, add_products)
+                # One scale for 32 weights, in their order: those of a block of inputs take PANEL = BLOCK places.
+                scales = [_from_half(builder, _load(builder, builder.gep(column, [j]))) for column in scale_columns]
+                return [_fma(builder, part, scales[i % vectors], sums[i]) for i, part in enumerate(parts)]
+
+            x_rows = [pointer(builder, x, FLOAT, x_at, builder.mul(x_step, INT(row))) for row in range(rows)]
+            w_columns = columns(w, BYTE if quantised else FLOAT, w_at, w_step)
+            if quantised:
+                at, step = (builder.sdiv(value, INT(BLOCK)) for value in (w_at, w_step))
+                scale_columns = columns(scales, SHORT, at, step)
+                sums = _loop(builder, INT(0), k, BLOCK, zeros, add_block)
+            else:
+                sums = _loop(builder, INT(0), k, 1, zeros, add_products)
+            for i, total in enumerate(sums):
+                row, vector = divmod(i, vectors)
+                place = pointer(builder, out, FLOAT, out_at, builder.mul(out_step, INT(row)), INT(vector * LANES))
+                _store(builder, total, place)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 11), generate
+
+    return tile
+
+
+def _product(quantised: bool) -> Any:
+    eight_rows, four_rows = _tile(8, 1, quantised), _tile(4, 1, quantised)
+    four_panels, two_panels, one_panel = (_tile(1, panels, quantised) for panels in (4, 2, 1))
+
+    @njit(error_model="numpy")
+    def product(x, x_at, x_step, rows, w, w_at, w_step, panels, scales, k, out, out_at, out_step):  # type: ignore[no-untyped-def]
+        """out[r, 32 p + lane] = sum over j of x[r, j] * w[p, j, lane]; addresses, places in them, and strides.
+
+        Eight rows by one panel fill the registers. A single row takes four panels at once, so that enough sums are on
+        their way to hide how long one addition takes.
+        """
+        apart()
+        panel = 0
+        while panel < panels:
+            together = 4 if panel + 4 <= panels else 2 if panel + 2 <= panels else 1
+            row = 0
+            if rows >= 4:
+                for p in range(panel, panel + together):
+                    row, from_x, to = 0, x_at, out_at + p * PANEL
+                    while row + 8 <= rows:
+                        eight_rows(x, from_x, x_step, w, w_at + p * w_step, w_step, scales, k, out, to, out_step)
+                        row, from_x, to = row + 8, from_x + 8 * x_step, to + 8 * out_step
+                    if row + 4 <= rows:
+                        four_rows(x, from_x, x_step, w, w_at + p * w_step, w_step, scales, k, out, to, out_step)
+                        row += 4
+            for r in range(row, rows):
+                from_x, from_w, to = x_at + r * x_step, w_at + panel * w_step, out_at + r * out_step + panel * PANEL
+                if together == 4:
+                    four_panels(x, from_x, x_step, w, from_w, w_step, scales, k, out, to, out_step)
+                elif together == 2:
+                    two_panels(x, from_x, x_step, w, from_w, w_step, scales, k, out, to, out_step)
+                else:
+                    one_panel(x, from_x, x_step, w, from_w, w_step, scales, k, out, to, out_step)
+            panel += together
+
+    return product
+
+
+product, product_q8 = _product(quantised=False), _product(quantised=True)
+
+
+def _add(builder: ir.IRBuilder, value: ir.Value, total: ir.Value) -> ir.Value:
+    return builder.fadd(value, total)
+
+
+def _add_square(builder: ir.IRBuilder, value: ir.Value, total: ir.Value) -> ir.Value:
+    return builder.fadd(builder.fmul(value, value), total)
+
+
+def _larger(builder: ir.IRBuilder, value: ir.Value, other: ir.Value) -> ir.Value:
+    return builder.select(builder.fcmp_ordered(">", value, other), value, other)
+
+
+def _fold(start: float, take: Callable[..., ir.Value], join: Callable[..., ir.Value]) -> Any:
+    """A row folded to one number: sixteen results over every sixteenth element, joined in pairs, then the leftover."""
+
+    @intrinsic
+    def fold(typing, x):  # type: ignore[no-untyped-def]
+        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            row = context.make_array(signature.args[0])(context, builder, arguments[0])
+            whole = builder.sub(row.nitems, builder.srem(row.nitems, INT(LANES)))
+
+            def take_lanes(i, results):  # type: ignore[no-untyped-def]
+                return [take(builder, _load(builder, builder.gep(row.data, [i])), results[0])]
+
+            def take_one(i, results):  # type: ignore[no-untyped-def]
+                return [take(builder, builder.load(builder.gep(row.data, [i])), results[0])]
+
+            (lanes,) = _loop(builder, INT(0), whole, LANES, [_same(FLOATS, start)], take_lanes)
+            results = [builder.extract_element(lanes, ir.IntType(32)(lane)) for lane in range(LANES)]
+            while len(results) > 1:
+                results = [join(builder, a, b) for a, b in zip(results[::2], results[1::2], strict=True)]
+            return _loop(builder, whole, row.nitems, 1, results, take_one)[0]
+
+        return types.float32(x), generate
+
+    return fold
+
+
+sum_of = _fold(0.0, _add, _add)
+sum_of_squares = _fold(0.0, _add_square, _add)
+largest = _fold(float("-inf"), _larger, _larger)
