@@ -1,0 +1,310 @@
+"""Native decoding: right against the network, and the same bytes however a text is cut, batched, or shared out."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from conftest import randomise, small
+
+from thinker.decode.native import open_native
+from thinker.decode.torch_decoder import TorchDecoder
+from thinker.formats.q8 import Q8Tensor
+from thinker.model import ThinkerLM
+from thinker.sampling import Draws, Sampling
+from thinker.trace import trace
+
+
+@dataclass
+class Files:
+    """What a decoder needs of a model's files."""
+
+    config: object
+    tensors: dict
+
+
+def files_of(model, quantised=False):
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        array = parameter.detach().numpy()
+        keep = array.ndim == 1 or ".router." in name
+        tensors[name] = Q8Tensor.quantise(array) if quantised and not keep else array
+    return Files(model.config, tensors)
+
+
+def model_of(config, seed=0):
+    return randomise(ThinkerLM(config), seed)
+
+
+def logits_of(model, tokens):
+    with torch.no_grad():
+        return model(torch.as_tensor(tokens)[None])[0].numpy()
+
+
+def tokens_of(config, count, seed=0):
+    return np.random.default_rng(seed).integers(0, config.vocab_size, count)
+
+
+def assert_within(ours, theirs):
+    assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
+
+
+def test_logits_equal_the_networks(config):
+    """Bug: any difference of a kernel from the network: RoPE's halves, a wrong head's keys, an expert's weight."""
+    model = model_of(config)
+    tokens = tokens_of(config, 40)
+    theirs = logits_of(model, tokens)
+    decoder = open_native(files_of(model), threads=1)
+    assert_within(decoder.prefill(0, tokens, every=True), theirs)
+    decoder.truncate(0, 5)
+    steps = np.concatenate([decoder.step([0], [token]) for token in tokens[5:]])
+    assert_within(steps, theirs[5:])
+    with torch.no_grad():
+        embeddings = model.tok_emb(torch.as_tensor(tokens)).numpy()
+    decoder.truncate(0, 0)
+    assert_within(decoder.prefill(0, embeddings=embeddings, every=True), theirs)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("config", ["dense", "gqa_qk_norm", "moe", "everything", "plain_relu2"], indirect=True)
+def test_the_same_bytes_however_it_is_computed(config, dtype):
+    """Bug: a sum is split over lanes, rows or threads, so that a text depends on its neighbours or on the machine."""
+    if dtype == "int8":
+        config = config.changed(d_ff=64, head_dim=16)
+    files = files_of(model_of(config))
+    tokens = tokens_of(config, 46)
+    reference = open_native(files, dtype=dtype, threads=1).prefill(0, tokens, every=True)
+    for threads in (1, 2):
+        decoder = open_native(files, 32, dtype, threads)
+        for cuts in ((46,), (1,) * 46, (7, 1, 20, 18), (45, 1)):
+            decoder.truncate(3, 0)
+            at, parts = 0, []
+            for cut in cuts:
+                parts.append(decoder.prefill(3, tokens[at : at + cut], every=True))
+                at += cut
+            assert np.array_equal(np.concatenate(parts), reference), (threads, cuts)
+        rng = np.random.default_rng(1)
+        for slots in (2, 5, 32):
+            chosen = rng.permutation(32)[:slots]
+            lengths = rng.integers(1, 45, slots)
+            for slot, length in zip(chosen, lengths, strict=True):
+                decoder.truncate(slot, 0)
+                decoder.prefill(slot, tokens[:length])
+            together = decoder.step(chosen, tokens[lengths])
+            assert np.array_equal(together, reference[lengths]), (threads, slots)
+
+
+@pytest.mark.parametrize("config", ["dense", "gqa", "moe", "tied"], indirect=True)
+def test_int8_has_the_numbers_of_q8_0(config):
+    """Bug: weights are rounded in another way than the file format rounds, or activations are rounded too."""
+    config = config.changed(d_ff=64)
+    model = model_of(config)
+    tokens = tokens_of(config, 30)
+    rounded = model_of(config)
+    with torch.no_grad():
+        for name, parameter in rounded.named_parameters():
+            if parameter.dim() > 1 and ".router." not in name:
+                parameter.copy_(torch.from_numpy(Q8Tensor.quantise(parameter.numpy()).to_float32()))
+    decoder = open_native(files_of(model), dtype="int8", threads=1)
+    ours = decoder.prefill(0, tokens, every=True)
+    assert_within(ours, logits_of(rounded, tokens))
+    taken = open_native(files_of(model, quantised=True), dtype="int8", threads=1)
+    assert np.array_equal(taken.prefill(0, tokens, every=True), ours), "a Q8_0 file is not rounded again"
+
+
+def test_rows_that_blocks_do_not_fit_are_refused():
+    """Bug: the last block of a row is read from the next row."""
+    config = small("dense", d_ff=40)
+    with pytest.raises(ValueError, match=r"40|32"):
+        open_native(files_of(model_of(config)), dtype="int8", threads=1)
+
+
+def test_nothing_reads_past_what_was_written():
+    """Bug: attention reads keys or values that belong to no token yet; with zeros there nobody would notice."""
+    config = small("gqa")
+    files = files_of(model_of(config))
+    tokens = tokens_of(config, 30)
+    clean = open_native(files, 3, threads=2)
+    guarded = open_native(files, 3, threads=2)
+    for decoder in (clean, guarded):
+        if decoder is guarded:
+            decoder._keys[:], decoder._values[:] = np.nan, np.nan
+        decoder.prefill(1, tokens[:20])
+    for token in tokens[20:]:
+        ours = guarded.step([1], [token])
+        assert np.isfinite(ours).all()
+        assert np.array_equal(ours, clean.step([1], [token]))
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing():
+    """Bug: a token past the cache is written into the next slot's memory."""
+    config = small("dense")
+    decoder = open_native(files_of(model_of(config)), 2, threads=1)
+    decoder.prefill(0, tokens_of(config, config.ctx_len))
+    with pytest.raises(ValueError, match=rf"{config.ctx_len} \+ 1 .*{config.ctx_len}"):
+        decoder.step([0], [1])
+    with pytest.raises(ValueError, match=r"61"):
+        decoder.prefill(1, [61])
+    with pytest.raises(ValueError):
+        decoder.prefill(1, embeddings=np.zeros((3, 31), np.float32))
+    assert (decoder.length(0), decoder.length(1)) == (config.ctx_len, 0)
+
+
+def test_slots_come_and_go():
+    """Bug: a slot that is used again sees what its former text left behind."""
+    config = small("dense")
+    model = model_of(config)
+    decoder = open_native(files_of(model), 3, threads=2)
+    rng = np.random.default_rng(0)
+    held = [[], [], []]
+    for _ in range(60):
+        slot = int(rng.integers(3))
+        if len(held[slot]) > 40 or (held[slot] and rng.random() < 0.2):
+            keep = int(rng.integers(len(held[slot])))
+            decoder.truncate(slot, keep)
+            del held[slot][keep:]
+        new = tokens_of(config, int(rng.integers(1, 6)), seed=int(rng.integers(1000)))
+        held[slot] += new.tolist()
+        assert_within(decoder.prefill(slot, new), logits_of(model, held[slot])[-1])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_many_tokens_in_one_call_are_those_of_single_steps(temperature):
+    """Bug: the compiled loop draws with another index, or keeps a token that was drawn after the end."""
+    config = small("dense")
+    model = model_of(config)
+    sampling = Sampling(temperature=temperature, top_p=0.9, repetition_penalty=1.1, seed=7)
+    written = []
+    for decoder, burst in (
+        (open_native(files_of(model), threads=2), 20),
+        (open_native(files_of(model), threads=1), 3),
+        (open_native(files_of(model), threads=1), 1),
+        (TorchDecoder(model), 5),
+    ):
+        draws = Draws(1, config.vocab_size)
+        draws.begin(0, sampling, 0, [1, 2, 3])
+        token = int(draws.draw([0], decoder.prefill(0, [1, 2, 3])[None])[0])
+        text = [token]
+        while len(text) < 21:
+            text += decoder.run(0, text[-1], draws, min(burst, 21 - len(text)))
+        written.append(text)
+    assert written[0] == written[1] == written[2] == written[3]
+    stop = written[0][6]
+    decoder, draws = open_native(files_of(model), threads=2), Draws(1, config.vocab_size)
+    draws.begin(0, sampling, 0, [1, 2, 3])
+    first = int(draws.draw([0], decoder.prefill(0, [1, 2, 3])[None])[0])
+    ended = [first, *decoder.run(0, first, draws, 20, {stop})]
+    assert ended == written[0][: written[0].index(stop) + 1]
+    assert decoder.length(0) == 3 + len(ended) - 1
+
+
+@pytest.mark.parametrize("config", ["gqa_qk_norm", "moe"], indirect=True)
+def test_a_trace_shows_what_the_networks_own_shows(config):
+    """Bug: the picture shows another head's attention, or experts in another order."""
+    model = model_of(config)
+    tokens = tokens_of(config, 12)
+    theirs = trace(model, torch.as_tensor(tokens)[None])
+    ours = open_native(files_of(model), threads=2).trace(tokens)
+    assert_within(ours.logits, theirs.logits[0].numpy())
+    for layer in range(config.n_layers):
+        np.testing.assert_allclose(ours.attention[layer], theirs.attention[layer][0].numpy(), atol=2e-6)
+        if config.use_moe:
+            np.testing.assert_array_equal(ours.experts[layer], theirs.experts[layer][0].numpy())
+            np.testing.assert_allclose(ours.expert_weights[layer], theirs.expert_weights[layer][0].numpy(), atol=2e-6)
+    np.testing.assert_allclose(ours.norms, theirs.norms[:, 0].numpy(), rtol=1e-5)
+
+
+PROGRAM = """
+import os, sys
+sys.path.insert(0, {tests!r})
+from test_native import files_of, model_of, small, tokens_of
+from thinker.decode.native import open_native
+config = small("dense")
+decoder = open_native(files_of(model_of(config)), 2, threads=2)
+tokens = tokens_of(config, 20)
+before = decoder.prefill(0, tokens).sum()
+{body}
+print("done", before)
+"""
+FORK = """
+child = os.fork()
+if child == 0:
+    os._exit(0 if decoder.prefill(1, tokens).sum() == before else 3)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "layer"), [("", "workqueue"), (FORK, "omp"), (FORK, "workqueue"), ("open('/dev/null')", "default")]
+)
+def test_threads_end_with_the_process_and_outlive_a_fork(body, layer):
+    """Bug: the process hangs at its end, a forked child waits for threads that it lacks, or a thread layer aborts."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM.format(tests=os.path.dirname(__file__), body=body)],
+        env=os.environ | {"NUMBA_THREADING_LAYER": layer},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("done")
+
+
+def test_waiting_helpers_are_woken_however_late():
+    """Bug: a helper that fell asleep is woken, falls asleep before it is given work, and so on for ever."""
+    import time
+
+    config = small("dense")
+    decoder = open_native(files_of(model_of(config)), threads=2)
+    decoder.prefill(0, [1, 2, 3])
+    first = decoder.step([0], [4])
+    for pause in (0.0, 0.001, 0.01, 0.05, 0.2):
+        decoder.truncate(0, 3)
+        time.sleep(pause)
+        assert np.array_equal(decoder.step([0], [4]), first)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_long_recorded_run_gives_the_same_bytes(dtype):
+    """Bug: a race between the threads that shows once in a hundred thousand tokens."""
+    config = small("gqa_qk_norm", d_ff=64, head_dim=16, ctx_len=256)
+    files = files_of(model_of(config))
+    one, two = open_native(files, 1, dtype, 1), open_native(files, 8, dtype, 2)
+    rng = np.random.default_rng(0)
+    compared = 0
+    while compared < 500_000:
+        tokens = rng.integers(0, config.vocab_size, 255)
+        one.truncate(0, 0)
+        reference = one.prefill(0, tokens, every=True)
+        for slot in range(8):
+            two.truncate(slot, 0)
+            two.prefill(slot, tokens[: 20 + slot])
+        places = 20 + np.arange(8)
+        while places.max() < 250:
+            logits = two.step(range(8), tokens[places])
+            assert np.array_equal(logits, reference[places]), places
+            places += 1
+            compared += 8
+        cut = int(rng.integers(1, 250))
+        two.truncate(0, 0)
+        parts = [two.prefill(0, tokens[:cut], every=True), two.prefill(0, tokens[cut:], every=True)]
+        assert np.array_equal(np.concatenate(parts), reference)
+        compared += 255
+
+
+@pytest.mark.slow
+def test_ten_thousand_positions_equal_the_networks(config):
+    """Bug: a difference that only some tokens at some positions show."""
+    config = config.changed(ctx_len=640)
+    model = model_of(config)
+    decoder = open_native(files_of(model), threads=2)
+    for seed in range(16):
+        tokens = tokens_of(config, 640, seed)
+        decoder.truncate(0, 0)
+        assert_within(decoder.prefill(0, tokens, every=True), logits_of(model, tokens))

@@ -1,0 +1,159 @@
+"""The sampler against a plain reference: who is left, how often each is drawn, and on what a draw depends."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from thinker.sampling import Draws, Sampling
+
+V = 40
+
+
+def reference(logits, settings, seen=()):
+    """Probabilities after Hugging Face's order of warpers, in so many words."""
+    scores = logits.astype(np.float64).copy()
+    for id in set(seen):
+        scores[id] = (
+            scores[id] / settings.repetition_penalty if scores[id] > 0 else scores[id] * settings.repetition_penalty
+        )
+    if not settings.temperature_last:
+        scores = scores / settings.temperature
+    alive = np.ones(len(scores), bool)
+    if settings.top_k:
+        alive &= scores >= np.sort(scores)[-settings.top_k]
+
+    def probabilities():
+        weights = np.where(alive, np.exp(scores - scores[alive].max()), 0)
+        return weights / weights.sum()
+
+    if settings.top_p < 1:
+        order = np.argsort(-probabilities(), kind="stable")
+        before = np.cumsum(probabilities()[order]) - probabilities()[order]
+        alive[order[before >= settings.top_p]] = False
+    if settings.min_p:
+        alive &= probabilities() >= settings.min_p * probabilities().max()
+    if settings.temperature_last:
+        scores = scores / settings.temperature
+    return probabilities()
+
+
+def drawn(logits, settings, count, prompt=()):
+    """`count` draws from the same logits, each as the first of its own request."""
+    draws = Draws(1, len(logits))
+    result = np.zeros(count, np.int64)
+    for request in range(count):
+        draws.begin(0, settings, request, prompt)
+        result[request] = draws.draw([0], logits[None])[0]
+    return result
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.5},
+        {"temperature": 2.0, "top_k": 7},
+        {"top_p": 0.7},
+        {"min_p": 0.1},
+        {"top_k": 12, "top_p": 0.8, "min_p": 0.05, "temperature": 1.3},
+        {"repetition_penalty": 1.8},
+        {"temperature": 3.0, "top_p": 0.6, "temperature_last": True},
+        {"top_k": 1},
+        {"top_p": 1e-9},
+    ],
+)
+def test_candidates_and_frequencies_are_the_references(options):
+    """Bug: a filter in the wrong order, off by one candidate, or a draw that favours some of them."""
+    settings = Sampling(**({"temperature": 1.0} | options))
+    logits = np.random.default_rng(3).normal(0, 2, V).astype(np.float32)
+    prompt = (1, 5, 9, 5)
+    expected = reference(logits, settings, prompt if settings.repetition_penalty != 1 else ())
+    count = 20_000
+    frequency = np.bincount(drawn(logits, settings, count, prompt), minlength=V) / count
+    assert set(np.nonzero(frequency)[0]) <= set(np.nonzero(expected)[0])
+    # Five standard deviations of a binomial share: the seed is fixed, so this either holds or doesn't.
+    assert (np.abs(frequency - expected) <= 5 * np.sqrt(expected * (1 - expected) / count) + 1e-12).all()
+
+
+def test_greedy_takes_the_likeliest_and_of_equals_the_lowest_id():
+    """Bug: greedy depends on the seed, or on which of equal logits is met last."""
+    logits = np.zeros(V, np.float32)
+    logits[[7, 3, 30]] = 2.5
+    assert set(drawn(logits, Sampling(temperature=0.0, seed=1), 50)) == {3}
+
+
+def test_a_draw_depends_on_seed_request_and_index_alone():
+    """Bug: the text of one request changes with its slot, its neighbours, or what was drawn before it."""
+    logits = np.random.default_rng(0).normal(0, 1, (3, V)).astype(np.float32)
+    settings = Sampling(temperature=1.0, seed=11)
+
+    def text(slots, slot, rows):
+        draws = Draws(slots, V)
+        for other in range(slots):
+            draws.begin(other, Sampling(temperature=1.0, seed=5), 90 + other)
+        draws.begin(slot, settings, 4)
+        written = []
+        for row in rows:
+            everyone = np.tile(logits[row][::-1], (slots, 1))
+            everyone[slot] = logits[row]
+            written.append(int(draws.draw(range(slots), everyone)[slot]))
+        return written
+
+    rows = [0, 1, 2, 1, 0, 2, 2, 1]
+    assert text(1, 0, rows) == text(8, 5, rows) == text(3, 2, rows)
+    draws = Draws(1, V)
+    others = []
+    for seed, request in ((11, 4), (12, 4), (11, 5)):
+        draws.begin(0, Sampling(temperature=1.0, seed=seed), request)
+        others.append([int(draws.draw([0], logits[row][None])[0]) for row in rows])
+    assert others[0] == text(1, 0, rows)
+    assert others[0] != others[1] != others[2] != others[0]
+
+
+def test_the_penalty_counts_the_prompt_unless_told_otherwise():
+    """Bug: the option is ignored, or what was generated isn't counted either."""
+    logits = np.zeros(V, np.float32)
+    logits[4] = 1.0
+    logits[5] = 0.9
+    for penalize_prompt, first in ((True, 5), (False, 4)):
+        draws = Draws(1, V)
+        draws.begin(0, Sampling(repetition_penalty=2.0, penalize_prompt=penalize_prompt), 0, [4])
+        assert int(draws.draw([0], logits[None])[0]) == first
+    assert int(draws.draw([0], logits[None])[0]) == 5, "4 was generated, and counts now"
+
+
+def test_impossible_logits():
+    """Bug: -inf everywhere but one gives NaN; a large vocabulary overflows the whole-number weights."""
+    logits = np.full(V, -np.inf, np.float32)
+    logits[17] = -3.0
+    for options in ({}, {"top_p": 0.5}, {"top_k": 5}, {"min_p": 0.5}):
+        assert set(drawn(logits, Sampling(temperature=1.0, **options), 20)) == {17}
+    flat = np.zeros(70_000, np.float32)
+    ids = drawn(flat, Sampling(temperature=1.0), 300)
+    assert ids.min() < 10_000
+    assert ids.max() > 60_000
+    assert len(set(ids)) > 250
+    assert len(set(drawn(flat, Sampling(temperature=1.0, top_k=80_000), 50))) > 40, "more candidates than there are"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("min_p", -0.1),
+        ("min_p", 2.0),
+        ("repetition_penalty", 0.0),
+        ("seed", -1),
+        ("seed", 1 << 64),
+    ],
+)
+def test_settings_that_mean_nothing_are_named(field, value):
+    """Bug: a typing error samples nonsense in silence."""
+    with pytest.raises(ValueError, match=rf"^{field} is .*: choose"):
+        Sampling(**{field: value})
