@@ -128,7 +128,8 @@ def test_ids_are_those_of_transformers_where_nobody_plays_tricks(name):
     """Catches text that is cut where a content begins and ends, so that a merge across it is lost."""
     transformers = pytest.importorskip("transformers")
     chat = form(name)
-    names_of = {key: value for key, value in chat._given.items() if value}
+    given = {"bos_token": chat.bos_token, "eos_token": chat.eos_token}
+    names_of = {key: value for key, value in given.items() if value}
     theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer.from_str(chat.tokenizer.to_json()), **names_of
     )

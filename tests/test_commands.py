@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import pty
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,6 +96,14 @@ def test_every_flag_reaches_the_text(shell, folder):
     assert "fill ctx_len 12" in shell(*common, "--ctx-len", 12, "--ignore-eos")[2]
 
 
+def test_it_speaks_natively_unless_told_otherwise(shell, folder, text):
+    """Catches a default that runs in torch, and a type that is accepted and never passed on."""
+    common = ("generate", folder, "a small", "--max-new-tokens", 9, "--json")
+    report = json.loads(shell(*common)[1])
+    assert (report["decoder"], report["text"]) == ("NativeDecoder", text)
+    assert json.loads(shell(*common, "--dtype", "float64")[1])["decoder"] == "TorchDecoder"
+
+
 def test_generate_reports_as_json(shell, folder, text):
     """Catches a report that isn't JSON, or text beside it."""
     status, out, err = shell("generate", folder, "a small", "--max-new-tokens", 9, "--json", "--backend", "torch")
@@ -142,7 +147,7 @@ def test_a_mistake_is_one_line_and_status_2(shell, folder, arguments, stdin, mes
 
 def test_a_reader_that_leaves_early_is_no_error(folder):
     """Catches a traceback at the end of `thinker generate … | head`."""
-    command = [*SHELL, "generate", str(folder), "a", "--ignore-eos", "--backend", "torch"]
+    command = [*SHELL, "generate", str(folder), "a", "--ignore-eos"]
     writer = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert writer.stdout is not None
     assert writer.stderr is not None
@@ -154,7 +159,7 @@ def test_a_reader_that_leaves_early_is_no_error(folder):
 
 def test_an_interrupt_is_status_130(folder):
     """Catches a traceback at Ctrl-C, a status that a script takes for success, and text that comes only at the end."""
-    long = ("--ctx-len", "50000", "--max-new-tokens", "49000", "--ignore-eos", "--backend", "torch")
+    long = ("--ctx-len", "50000", "--max-new-tokens", "49000", "--ignore-eos")
     command = [*SHELL, "generate", str(folder), "a", *long]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as writer:
         assert writer.stdout is not None
@@ -229,72 +234,3 @@ def test_eval_s_mistakes_are_one_line_and_status_2(shell, tmp_path, arguments, m
     assert (status, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
-
-
-# chat, as long as no other file tests it
-
-
-def chat(monkeypatch, capfd, stdin: bytes, folder: Path, **fields) -> tuple[int, str, str]:
-    from thinker.commands.chat import Options, run
-
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-    status = run(Options(model=str(folder), backend="torch", temperature=0, max_new_tokens=4, **fields))
-    return status, *capfd.readouterr()
-
-
-def test_chat_replies_to_each_line_with_the_conversation_so_far(folder, monkeypatch, capfd):
-    """Catches a conversation that forgets, that goes on after /reset, or doesn't end."""
-    llm = load(folder, backend="torch")
-    system = [{"role": "system", "content": "hm"}]
-    first = [*system, {"role": "user", "content": "a"}]
-    one = llm.chat(first, max_new_tokens=4)
-    second = [*first, {"role": "assistant", "content": one}, {"role": "user", "content": "b"}]
-    two = llm.chat(second, max_new_tokens=4)
-    status, out, err = chat(monkeypatch, capfd, b"a\nb\n\n/reset\na\n/what\n/quit\nnever\n", folder, system="hm")
-    assert (status, out) == (0, f"{one}\n{two}\n{one}\n")
-    assert err.startswith("thinker: /what is unknown")
-    assert err.count("\n") == 1
-    assert chat(monkeypatch, capfd, b"a\n", folder, system="hm")[:2] == (0, f"{one}\n")
-
-
-def test_chat_with_a_model_that_has_no_turns_says_so_at_once(tmp_path, monkeypatch, capfd):
-    """Catches a first line that is typed in vain."""
-    with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
-        chat(monkeypatch, capfd, b"a\n", folder_of(tmp_path, tokenizer=None))
-
-
-def test_on_a_terminal_chat_survives_what_goes_wrong(folder):
-    """Catches a session that is lost to a message that is too long, and prompts among the replies of a terminal."""
-    script = (
-        "from thinker.commands.chat import Options, run\n"
-        f"raise SystemExit(run(Options(model={str(folder)!r}, backend='torch', max_new_tokens=2)))\n"
-    )
-    master, terminal = pty.openpty()
-    session = subprocess.Popen(
-        [sys.executable, "-c", script],
-        stdin=terminal,
-        stdout=terminal,
-        stderr=terminal,
-        env=os.environ | {"TERM": "dumb"},
-    )
-    os.close(terminal)
-    said: list[bytes] = []
-
-    def listen() -> None:
-        while True:
-            try:
-                said.append(os.read(master, 4096))
-            except OSError:  # the terminal is gone
-                return
-
-    ear = threading.Thread(target=listen)
-    ear.start()
-    os.write(master, b"x" * 200 + b"\n" + b"a\n/quit\n")
-    status = session.wait(60)
-    ear.join(10)
-    os.close(master)
-    shown = b"".join(said).decode(errors="replace")
-    assert status == 0
-    assert "leaves no room" in shown
-    assert "/reset begins anew" in shown
-    assert "Traceback" not in shown

@@ -102,7 +102,7 @@ def test_xz_yardstick_is_xzs(settings):
         run = begin(ARCHITECTURE, settings, set(), lambda line: None)
     text = b"".join(run.corpus.valid_text())
     assert len(text) == run.corpus.valid_bytes
-    assert xz_bits_per_byte(run) == 8 * len(lzma.compress(text, preset=9)) / len(text)
+    assert xz_bits_per_byte(run.corpus) == 8 * len(lzma.compress(text, preset=9)) / len(text)
 
 
 def test_tensorboard_files_are_written_behind_the_flag(settings):

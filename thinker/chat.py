@@ -60,10 +60,8 @@ class ChatFormat:
         self._ids = {_name(tokenizer, id): id for id in tokenizer.control_ids}
         bos_id = tokenizer.bos_id if bos_id is None else bos_id
         eos_id = tokenizer.eos_id if eos_id is None else eos_id
-        self._given = {
-            "bos_token": "" if bos_id is None else _name(tokenizer, bos_id),
-            "eos_token": "" if eos_id is None else _name(tokenizer, eos_id),
-        }
+        self.bos_token = "" if bos_id is None else _name(tokenizer, bos_id)
+        self.eos_token = "" if eos_id is None else _name(tokenizer, eos_id)
         # Of names that begin alike the longest counts, as with any tokenizer.
         self._names = "|".join(re.escape(name) for name in sorted(self._ids, key=len, reverse=True)) or r"(?!)"
 
@@ -145,7 +143,8 @@ class ChatFormat:
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
                 documents=None,
-                **self._given,
+                bos_token=self.bos_token,
+                eos_token=self.eos_token,
             )
         except _Refusal as error:
             raise ValueError(f"the chat template refuses this conversation: {error}") from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -158,27 +159,21 @@ class LLM:
     def _native(self) -> Decoder | None:
         if self._in_torch:
             return None
+        from .decode.native import NativeUnavailable, open_native
+        from .decode.native.compiling import cache_folder
+
+        if sys.stderr.isatty() and not any(cache_folder().rglob("*.nbc")):
+            print("compiling the kernels for this processor, some 20 seconds, once", file=sys.stderr)
         quantised = self.files.dtype not in get_args(TorchType)
         int8 = self._dtype == "int8" or (self._dtype is None and quantised)
         try:
-            from numba.core.errors import NumbaError
-
-            from .decode.native.decoder import NativeDecoder
-        except ImportError as error:
-            self._without_native(error)
+            return open_native(self.files, self._slots, "int8" if int8 else "float32")
+        except NativeUnavailable as error:
+            line = " ".join(str(error).split())
+            if self._backend == "native" or self._dtype == "int8":
+                raise ValueError(f"{line}: use backend torch, in another type than int8") from error
+            self._notice(f"computing in torch: {line}")
             return None
-        try:
-            return NativeDecoder(self.files, self._slots, "int8" if int8 else "float32")
-        except NumbaError as error:  # a processor, or a version of Numba, for which the kernels don't compile
-            self._without_native(error)
-            return None
-
-    def _without_native(self, reason: Exception) -> None:
-        """Say that torch takes over; `ValueError` where native was asked for, by name or by a type that torch lacks."""
-        line = " ".join(str(reason).split())
-        if self._backend == "native" or self._dtype == "int8":
-            raise ValueError(f"native decoding doesn't work on this machine: {line}") from reason
-        self._notice(f"computing in torch, since native decoding doesn't work on this machine: {line}")
 
     @functools.cached_property
     def engine(self) -> Engine:

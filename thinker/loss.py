@@ -40,18 +40,23 @@ class NextTokenLoss(nn.Module):
         self,
         tokens: Tensor | None,
         targets: Tensor,
+        segments: Tensor | None = None,
         *,
         embeddings: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> LossParts:
-        """tokens (B, T) or embeddings (B, T, D), targets (B, T) with -100 where nothing is asked."""
+        """tokens (B, T) or embeddings (B, T, D), targets (B, T) with -100 where nothing is asked.
+
+        segments (B, T) for packed rows: see `ThinkerLM.features`; 0 is padding.
+        """
         hidden, router_logits = self.model.features(
-            tokens, embeddings=embeddings, attention_mask=attention_mask, return_router=True
+            tokens, embeddings=embeddings, attention_mask=attention_mask, segments=segments, return_router=True
         )
         assert isinstance(hidden, Tensor)
         check_targets(targets, hidden, self.model.config.vocab_size)
         total = cross_entropy_sum(hidden.flatten(0, 1), self.model.head.weight, targets.flatten())
-        balance = balance_loss(tuple(router_logits), attention_mask, self.model.config.num_experts_per_tok)
+        real = attention_mask if segments is None else segments != 0
+        balance = balance_loss(tuple(router_logits), real, self.model.config.num_experts_per_tok)
         return LossParts(total, (targets != IGNORE).sum(), balance.to(total.device))
 
 
@@ -112,11 +117,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return hidden_grad * upstream.to(hidden_grad.dtype), head_grad * upstream.to(head_grad.dtype), None
 
 
-def balance_loss(router_logits: tuple[Tensor, ...], attention_mask: Tensor | None, chosen_per_token: int) -> Tensor:
+def balance_loss(router_logits: tuple[Tensor, ...], real_tokens: Tensor | None, chosen_per_token: int) -> Tensor:
     """Switch's load-balancing loss (arXiv 2101.03961), averaged over layers: 1 when all experts get equal shares.
 
     Of each layer's router logits (B, T, E): E * sum over e of (share of choices that fell on e) * (mean probability of
-    e). Per layer first, then the mean; padding, 0 in attention_mask (B, T), is left out.
+    e). Per layer first, then the mean; padding, 0 in real_tokens (B, T), is left out.
     """
     if not router_logits:
         return torch.zeros(())
@@ -127,8 +132,8 @@ def balance_loss(router_logits: tuple[Tensor, ...], attention_mask: Tensor | Non
         probabilities = flat.to(torch.promote_types(flat.dtype, torch.float32)).softmax(dim=-1)
         chosen = F.one_hot(flat.topk(chosen_per_token, dim=-1).indices, experts).sum(dim=1).to(probabilities.dtype)
         real = probabilities.new_ones(len(flat), 1)
-        if attention_mask is not None:
-            real = attention_mask.reshape(-1, 1).to(probabilities.dtype)
+        if real_tokens is not None:
+            real = real_tokens.reshape(-1, 1).to(probabilities.dtype)
         tokens = real.sum()
         share = (chosen * real).sum(dim=0) / (tokens * chosen_per_token)
         losses.append(experts * (share * (probabilities * real).sum(dim=0) / tokens).sum())

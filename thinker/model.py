@@ -206,17 +206,24 @@ class ThinkerLM(nn.Module):
         *,
         embeddings: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        segments: Tensor | None = None,
         kv_cache: KVCache | None = None,
         return_router: bool = False,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
         """The stream after the final norm, (B, T, D), for any head.
 
         With return_router also each layer's router logits (B, T, E). attention_mask (B, S) has 1 for real tokens and
-        0 for padding, which stands on the left. A cache is filled and advanced. `ValueError` for what can't be run.
+        0 for padding, which stands on the left. segments (B, T) numbers the texts of packed rows, which then see only
+        themselves. A cache is filled and advanced. `ValueError` for what can't be run.
         """
         x = self.embed(tokens, embeddings)
         B, T, _ = x.shape
-        positions, visible = self.places(B, T, attention_mask, kv_cache, x.device)
+        if segments is None:
+            positions, visible = self.places(B, T, attention_mask, kv_cache, x.device)
+        elif attention_mask is None and kv_cache is None:
+            positions, visible = self.packed_places(B, T, segments)
+        else:
+            raise ValueError("segments go with neither attention_mask nor kv_cache: packed rows are for training")
         x, rotation = self.dropout(x), self.rope(positions)
         router_logits = []
         for block in self.blocks:
@@ -315,3 +322,19 @@ class ThinkerLM(nn.Module):
         positions = (real.cumsum(dim=-1) - 1).clamp(min=0)[:, past:]
         itself = keys == columns[:, None]
         return positions, (visible & real[:, None, None, :]) | itself
+
+    def packed_places(self, B: int, T: int, segments: Tensor) -> tuple[Tensor, Tensor]:
+        """As `places`, for rows of several texts: each counts from 0, and its tokens see its own earlier ones.
+
+        Segments [1, 1, 2, 2, 2, 0] have positions [0, 1, 0, 1, 2, 0]; what stands together is one text.
+        """
+        if segments.shape != (B, T):
+            raise ValueError(f"segments are {tuple(segments.shape)}, the tokens are {(B, T)}: give one each")
+        if self.config.ctx_len < T:
+            raise ValueError(f"{T} positions exceed ctx_len {self.config.ctx_len}: pack shorter rows")
+        columns = torch.arange(T, device=segments.device)
+        begins = segments != segments.roll(1, dims=-1)
+        starts = torch.where(begins, columns, 0).cummax(dim=-1).values  # (B, T), where a token's text begins
+        # A text is known by its start. Who sees whom: (B, 1, T, T)
+        visible = (starts[:, None, :, None] == starts[:, None, None, :]) & (columns <= columns[:, None])
+        return columns - starts, visible

@@ -1,21 +1,36 @@
-"""`thinker chat MODEL`: talk to a model, line by line. Replies go to stdout, everything else to stderr."""
+"""`thinker chat MODEL`: talk to a model. Replies go to stdout as they come, everything else to stderr.
+
+From a pipe every line is a message, and a mistake ends the command; on a terminal it is told and the talk goes on. What
+the model remembers is in `conversation.py`, typing in `lines.py`.
+"""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..llm import LLM, Backend, DType, load
+from ..llm import Backend, DType, load
+from ..llm import Options as Writing
+from .conversation import Conversation
 from .generate import notice
+from .lines import Entry, read_entry, typed_lines
 
-HELP = "/reset begins anew, /quit (or Ctrl-D) leaves, Ctrl-C stops a reply"
+HINT = "/reset begins anew, /quit (or Ctrl-D) leaves, Ctrl-C stops a reply, /help tells more"
+HELP = """\
+/reset          begin anew; the system message stays
+/system TEXT    tell the model what to be; without TEXT take that away
+/save FILE      add the conversation to FILE, as a line that thinker train --chat reads
+/help           this
+/quit           leave, as Ctrl-D does
+A line that ends in \\ goes on in the next; so does what stands between \"\"\" and \"\"\". Ctrl-C stops a reply."""
 
 
 class Options(BaseModel):
-    """Talk to a model. /reset begins anew, /quit leaves, Ctrl-C stops a reply."""
+    """Talk to a model. /help tells what else can be typed; Ctrl-C stops a reply."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -36,60 +51,68 @@ class Options(BaseModel):
 
 
 def run(options: Options) -> int:
-    """Read lines until the end, and reply to each."""
+    """Read messages until the end, and reply to each."""
     llm = load(options.model, options.backend, options.dtype, options.ctx_len, slots=1, notice=notice)
-    beginning = [{"role": "system", "content": options.system}] if options.system else []
-    messages = list(beginning)
-    llm.chat_format.encode([*messages, {"role": "user", "content": ""}])  # complain before the first line is typed
+    writing = Writing(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        seed=options.seed,
+    )
+    conversation = Conversation(llm, writing, notice, options.system)  # complains before the first line is typed
     interactive = sys.stdin.isatty()
     if interactive:
-        import readline  # noqa: F401 (input() then edits lines and remembers them)
-
-        print(HELP, file=sys.stderr)
-    while (line := read_line(interactive)) is not None:
-        if line == "/quit":
-            break
-        if line == "/reset":
-            messages = list(beginning)
-        elif line.startswith("/"):
-            notice(f"{line.split()[0]} is unknown: {HELP}")
-        elif line.strip():
-            messages = answer(llm, options, [*messages, {"role": "user", "content": line}], interactive)
+        print(HINT, file=sys.stderr)
+    with typed_lines(interactive) as ask:
+        while (entry := read_entry(ask)) is not None and entry.text != "/quit":
+            try:
+                if entry.is_command:
+                    obey(entry, conversation, interactive)
+                elif entry.text.strip():
+                    answer(entry.text, conversation, interactive)
+            except ValueError as error:
+                if not interactive:
+                    raise
+                notice(f"{error} (/help tells what can be typed)")
     return 0
 
 
-def read_line(interactive: bool) -> str | None:
-    """The next line, None at the end of the input."""
-    try:
-        return input("> " if interactive else "")
-    except EOFError:
-        return None
+def obey(entry: Entry, conversation: Conversation, interactive: bool) -> None:
+    """Do what a command says. Raises `ValueError` for what can't be done."""
+    command, _, argument = entry.text.partition(" ")
+    argument = argument.strip()
+    done = ""
+    if command == "/help":
+        print(HELP, file=sys.stderr)
+    elif command == "/reset":
+        conversation.reset()
+        done = "a new conversation"
+    elif command == "/system":
+        conversation.tell(argument)
+        done = "from here on the model is told so" if argument else "the model is told nothing from here on"
+    elif command == "/save":
+        if not argument:
+            raise ValueError("/save needs the name of a file")
+        exchanges = conversation.save(Path(argument))
+        done = f"added {exchanges} exchange{'s' * (exchanges > 1)} as one line to {argument}"
+    else:
+        notice(f"{command} is unknown: {HINT}")
+    if done and interactive:
+        notice(done)
 
 
-def answer(llm: LLM, options: Options, messages: list[dict[str, str]], interactive: bool) -> list[dict[str, str]]:
-    """Stream the reply, as far as it gets; the conversation to go on with."""
-    said: list[str] = []
+def answer(text: str, conversation: Conversation, interactive: bool) -> None:
+    """Show the reply as it comes, as far as it gets."""
+    reply = conversation.ask(text)
     try:
-        stream = llm.stream_chat(
-            messages,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            min_p=options.min_p,
-            repetition_penalty=options.repetition_penalty,
-            seed=options.seed,
-        )
-        for text in stream:
-            said.append(text)
-            print(text, end="", flush=True)
+        for piece in reply:
+            print(piece, end="", flush=True)
     except KeyboardInterrupt:
         if not interactive:
             raise
-    except ValueError as error:  # such as a conversation that has grown too long
-        if not interactive:
-            raise
-        notice(f"{error} (/reset begins anew)")
-        return messages[:-1]
+    finally:
+        reply.close()
     print()
-    return [*messages, {"role": "assistant", "content": "".join(said)}]

@@ -38,6 +38,7 @@ Options = create_model("Options", __base__=OwnOptions, __doc__=OwnOptions.__doc_
 def run(options: OwnOptions) -> int:
     """Train, report, and say what to do next. Exit status 0, 1 when the run diverged, 130 or 143 when interrupted."""
     from ..checkpoint.training import latest
+    from ..train.chat_summary import summarise_chats
     from ..train.decide import repeatable
     from ..train.loop import Diverged, fit
     from ..train.report import Reporter
@@ -74,7 +75,8 @@ def run(options: OwnOptions) -> int:
                 soft_wrap=True,
             )
             return SAVED_AND_ENDED[signal.Signals(ended_by)]
-        report = summarise(training, reporter.rows, console, time.monotonic() - began)
+        give_account = summarise_chats if training.settings.chat else summarise
+        report = give_account(training, reporter.rows, console, time.monotonic() - began)
     if options.json_report:
         print(json.dumps(report, indent=2))
     return 0

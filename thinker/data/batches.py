@@ -45,6 +45,11 @@ class Batches:
         windows = np.stack([self._tokens[start : start + self._ctx_len + 1] for start in starts])  # (R, T + 1)
         return windows[:, :-1].astype(np.int64), windows[:, 1:].astype(np.int64)
 
+    @property
+    def tokens_per_batch(self) -> int:
+        """Places in a batch."""
+        return self._rows * self._ctx_len
+
     def epochs(self, k: int) -> float:
         """How often the text has been seen before batch `k`."""
         return k * self._rows / self.windows_per_epoch

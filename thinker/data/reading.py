@@ -96,6 +96,8 @@ def _jsonl_rows(path: Path) -> Iterator[Document]:
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where}: not valid JSON ({error})") from None
             fields = list(row) if isinstance(row, dict) else []
+            if "messages" in fields and not {*TEXT_FIELDS} & {*fields}:
+                raise ValueError(f"{where}: holds a conversation, no text: add --chat to train on it")
             text = next((row[field] for field in TEXT_FIELDS if field in fields), None)
             if not isinstance(text, str):
                 found = f"found {', '.join(fields)}" if fields else "found no fields"

@@ -12,25 +12,25 @@ import json
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import tokenizers
 from rich.console import Console
 
 from ..tokenizer import KINDS, Tokenizer
+from . import store
+from .batches import Batches, Windows
 from .places import cache_folder
 from .progress import byte_bar
 from .reading import Document
 from .sources import Sources, open_sources
 from .split import Split
 
-FORMAT = 1  # part of every key: raise it when the same text would give other files
 SAMPLE_CHARACTERS = 16_000_000  # a tokenizer is trained on this much at least, if it is there, and at most twice that
 BATCH_CHARACTERS = 1 << 21  # encoded at a time
 BATCH_PIECES = 10_000  # and no more pieces than this, for they may be short
@@ -59,6 +59,19 @@ class Corpus:
             while piece := file.read(1 << 20):
                 yield piece
 
+    def batches(self, rows: int, ctx_len: int, seed: int) -> Batches:
+        """What to train on, `rows` windows at a time."""
+        return Batches(self.train, rows, ctx_len, seed)
+
+    def windows(self, ctx_len: int) -> Windows:
+        """What is held out, in order."""
+        return Windows(self.valid, ctx_len)
+
+    @property
+    def tokens_per_byte(self) -> float:
+        """Of the held-out text: what turns a loss per token into one per byte."""
+        return len(self.valid) / self.valid_bytes
+
     def __str__(self) -> str:
         return (
             f"{self.name}: {len(self.train):,} tokens ({self.train_bytes / 1e6:,.1f} MB) to train on, "
@@ -84,13 +97,8 @@ def prepare(
     try:
         sources = open_sources(data)
         state = sources.fingerprint()
-        if isinstance(tokenizer, str) and tokenizer in KINDS:
-            tokenizer = _trained(sources, state, tokenizer, vocab_size, cache / "tokenizers")
-            if tokenizer.vocab_size < vocab_size:
-                say(f"{sources.name}: the text yields {tokenizer.vocab_size:,} tokens, not the {vocab_size:,} allowed")
-        elif isinstance(tokenizer, str):
-            tokenizer = Tokenizer.from_file(Path(tokenizer).expanduser(), complete=True)
-        folder = cache / "shards" / _key(state, tokenizer.to_json())
+        tokenizer = tokenizer_for(sources, state, tokenizer, vocab_size, say)
+        folder = cache / "shards" / store.key(state, tokenizer.to_json())
         corpus = _opened(sources.name, folder, tokenizer)
         if corpus is None:
             _build(sources, tokenizer, folder)
@@ -159,9 +167,32 @@ def _marked_pieces(documents: Iterable[Document]) -> Iterator[tuple[str, bool, b
             text, begins = following, False
 
 
-def _trained(sources: Sources, state: list[Any], kind: str, vocab_size: int, folder: Path) -> Tokenizer:
+class Texts(Protocol):
+    """What a tokenizer can be trained on: the training side of text, or what is said in conversations."""
+
+    @property
+    def name(self) -> str: ...
+
+    def documents(self, split: Split) -> Iterator[Document]: ...
+
+    def size(self) -> int: ...
+
+
+def tokenizer_for(texts: Texts, state: list[Any], wanted: Tokenizer | str, vocab_size: int, say: Say) -> Tokenizer:
+    """The tokenizer itself, or the one to be trained or read that `wanted` says: see `prepare`. state: of the texts."""
+    if isinstance(wanted, Tokenizer):
+        return wanted
+    if wanted not in KINDS:
+        return Tokenizer.from_file(Path(wanted).expanduser(), complete=True)
+    tokenizer = _trained(texts, state, wanted, vocab_size, cache_folder() / "tokenizers")
+    if tokenizer.vocab_size < vocab_size:
+        say(f"{texts.name}: the text yields {tokenizer.vocab_size:,} tokens, not the {vocab_size:,} allowed")
+    return tokenizer
+
+
+def _trained(sources: Texts, state: list[Any], kind: str, vocab_size: int, folder: Path) -> Tokenizer:
     """A tokenizer for these sources; it is kept in `folder` and found there again."""
-    path = folder / f"{_key(state, kind, vocab_size, tokenizers.__version__)}.json"
+    path = folder / f"{store.key(state, kind, vocab_size, tokenizers.__version__)}.json"
     if path.is_file():
         return Tokenizer.from_file(path)
     sample = _sample(sources)
@@ -175,7 +206,7 @@ def _trained(sources: Sources, state: list[Any], kind: str, vocab_size: int, fol
     return tokenizer
 
 
-def _sample(sources: Sources) -> list[str]:
+def _sample(sources: Texts) -> list[str]:
     """Pieces of the training side, evenly spread over it: all of a small corpus, every n-th piece of a large one."""
     kept: list[str] = []
     size, stride = 0, 1
@@ -192,32 +223,20 @@ def _sample(sources: Sources) -> list[str]:
 
 
 def _build(sources: Sources, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write beside the final place, sync, rename: the folder is there whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for path in folder.parent.glob("unfinished-*"):  # what a killed process left behind
-        if time.time() - path.stat().st_mtime > 86_400:
-            shutil.rmtree(path, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unfinished-") as temporary:
-        unfinished = Path(temporary) / folder.name
-        unfinished.mkdir()
+    """Write both sides, their files synced."""
+    with store.whole_folder(folder) as unfinished:
         with byte_bar("Tokenizing", sources.size()) as advance:
             train = _write(sources, "train", tokenizer, unfinished, advance)
             valid = _write(sources, "valid", tokenizer, unfinished, advance)
         meta = {"name": sources.name, "train": train, "valid": valid}
         (unfinished / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
-        try:
-            unfinished.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-            # Another process made the same meanwhile, and its folder is as good.
 
 
 def _write(
     sources: Sources, split: Split, tokenizer: Tokenizer, folder: Path, advance: Callable[[int], None]
 ) -> dict[str, int | str]:
     """One side's tokens, and the held-out side's text with them. Returns what meta.json says of it."""
-    dtype = _dtype(tokenizer)
+    dtype = store.token_dtype(tokenizer.vocab_size)
     tokens = documents = size = 0
     digest = hashlib.sha256()
     keep_text = (folder / "valid.txt").open("wb") if split == "valid" else nullcontext()
@@ -243,15 +262,16 @@ def _opened(name: str, folder: Path, tokenizer: Tokenizer) -> Corpus | None:
     if not folder.is_dir():
         return None
     try:
+        dtype = store.token_dtype(tokenizer.vocab_size)
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        _check_size(folder / "valid.txt", meta["valid"]["bytes"])
+        store.check_size(folder / "valid.txt", meta["valid"]["bytes"])
         return Corpus(
             name=name,
             fingerprint=f"{meta['train']['sha256']} {meta['valid']['sha256']}",
             folder=folder,
             tokenizer=tokenizer,
-            train=_mapped(folder / "train.bin", tokenizer, meta["train"]["tokens"]),
-            valid=_mapped(folder / "valid.bin", tokenizer, meta["valid"]["tokens"]),
+            train=store.mapped(folder / "train.bin", dtype, meta["train"]["tokens"]),
+            valid=store.mapped(folder / "valid.bin", dtype, meta["valid"]["tokens"]),
             train_documents=meta["train"]["documents"],
             valid_documents=meta["valid"]["documents"],
             train_bytes=meta["train"]["bytes"],
@@ -260,24 +280,3 @@ def _opened(name: str, folder: Path, tokenizer: Tokenizer) -> Corpus | None:
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         shutil.rmtree(folder)
         return None
-
-
-def _mapped(path: Path, tokenizer: Tokenizer, count: int) -> np.ndarray:
-    dtype = _dtype(tokenizer)
-    _check_size(path, count * dtype.itemsize)
-    # An empty file cannot be mapped.
-    return np.memmap(path, dtype, mode="r", shape=(count,)) if count else np.zeros(0, dtype)
-
-
-def _check_size(path: Path, expected: int) -> None:
-    if path.stat().st_size != expected:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes where {expected} were written")
-
-
-def _dtype(tokenizer: Tokenizer) -> np.dtype:
-    return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-
-
-def _key(*parts: Any) -> str:
-    """A name for what was made from these JSON values."""
-    return hashlib.sha256(json.dumps([FORMAT, *parts]).encode()).hexdigest()[:32]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .named import EVALUATION_SETS, TRAINING_SETS
+from .questions import CHAT_SETS
 from .reading import (
     ROW_SUFFIXES,
     TEXT_SUFFIXES,
@@ -59,6 +60,8 @@ def open_sources(values: Sequence[str]) -> Sources:
     for value in dict.fromkeys(values):
         if value in EVALUATION_SETS:
             raise ValueError(f"{value}: for thinker eval only; to train, choose among {', '.join(TRAINING_SETS)}")
+        if value in CHAT_SETS:
+            raise ValueError(f"{value}: holds conversations: add --chat to train on them")
         if value in TRAINING_SETS:
             sources.append(TRAINING_SETS[value])
         elif (source := _hub_set(value)) is not None:

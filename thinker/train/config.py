@@ -25,6 +25,7 @@ class TrainConfig(BaseModel):
     data: tuple[str, ...] = Field(("stdlib",), description="named sets, files, folders or hub ids", min_length=1)
     out: Path | None = Field(None, description="the run's folder; unset means runs/NAME after the data")
     init: str | None = Field(None, description="start from this model's weights and tokenizer")
+    chat: bool = Field(False, description="data are conversations, .jsonl with messages; learn the assistant's part")
     tokenizer: str = Field("bpe", description="bpe, char, or a tokenizer.json")
     steps: int | None = Field(None, ge=1, description="length in steps: repeats bit for bit")
     minutes: float | None = Field(None, gt=0, description=f"length in minutes; {DEFAULT_MINUTES:g} when neither is set")

@@ -79,7 +79,7 @@ def check_device(name: str) -> None:
         raise ValueError(f"device is {name!r}, which can't be used here ({reason}): choose cpu") from None
 
 
-def decide(run: TrainConfig, module: NextTokenLoss, one_row: tuple[Tensor, Tensor], device: str) -> Decisions:
+def decide(run: TrainConfig, module: NextTokenLoss, one_row: tuple[Tensor, ...], device: str) -> Decisions:
     """Probe the machine with one row of a batch and settle everything that the run's settings leave open."""
     threads = torch.get_num_threads()
     reasons = []
@@ -119,7 +119,7 @@ def decide(run: TrainConfig, module: NextTokenLoss, one_row: tuple[Tensor, Tenso
     return Decisions(device, precision, compiled, threads, seconds, tuple(reasons), versions())
 
 
-def probe(module: NextTokenLoss, batch: tuple[Tensor, Tensor], device: str, precision: Precision) -> float:
+def probe(module: NextTokenLoss, batch: tuple[Tensor, ...], device: str, precision: Precision) -> float:
     """Seconds of one forward and backward, the faster of two. Parameters stay as they are."""
 
     def once() -> float:

@@ -107,7 +107,7 @@ def fit(run: Run, watcher: Watcher) -> int | None:
             elapsed = time.perf_counter() - start
             run.step += 1
             run.seconds += elapsed
-            tokens = settings.batch_size * settings.accumulate * run.config.ctx_len
+            tokens = run.batches.tokens_per_batch
             run.tokens += tokens
             report = StepReport(
                 run.step, loss, balance, norm, share * settings.lr, tokens, elapsed, min(1.0, run.progress())
@@ -127,9 +127,9 @@ def fit(run: Run, watcher: Watcher) -> int | None:
 
 def warm_up(run: Run, module: Callable[..., LossParts]) -> None:
     """Compile forward and backward on the next batch, outside the run's clock; parameters stay as they are."""
-    inputs, targets = run.batches.batch(run.step)
+    batch = run.batches.batch(run.step)
     with run.decisions.autocast():
-        parts = module(next(_split(inputs, run)), next(_split(targets, run)))
+        parts = module(*(next(_split(rows, run)) for rows in batch))
     parts.total.backward()
     run.module.zero_grad(set_to_none=True)
 
@@ -137,14 +137,14 @@ def warm_up(run: Run, module: Callable[..., LossParts]) -> None:
 def take_step(run: Run, module: Callable[..., LossParts], share: float) -> tuple[float, float, float]:
     """One update at this share of the peak rates: loss per token, balance loss, norm of the gradient."""
     settings, device = run.settings, run.decisions.device
-    inputs, targets = run.batches.batch(run.step)
-    counted = int((targets != IGNORE).sum())
+    batch = run.batches.batch(run.step)  # inputs, targets, and segments where rows are packed
+    counted = int((batch[1] != IGNORE).sum())
     total = balance = torch.zeros((), device=device)
-    micro_batches = zip(_split(inputs, run), _split(targets, run), strict=True)
-    for micro, (rows, wanted) in enumerate(micro_batches):
+    micro_batches = zip(*(_split(rows, run) for rows in batch), strict=True)
+    for micro, rows in enumerate(micro_batches):
         torch.manual_seed(dropout_seed(settings.seed, run.step, micro))
         with run.decisions.autocast():
-            parts = module(rows, wanted)
+            parts = module(*rows)
         # Sums over the step's tokens, so that ragged micro-batches weigh as one batch would.
         objective = (parts.total + run.config.balance_loss * parts.balance * parts.tokens) / counted
         run.scaler.scale(objective).backward()

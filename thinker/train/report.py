@@ -17,11 +17,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from ..checkpoint.files import write_text
-from ..data.batches import Windows
+from ..data.chat_shards import ChatCorpus
+from ..data.shards import Corpus
 from ..decode.torch_decoder import TorchDecoder
 from ..generate import Engine, Request
 from ..sampling import Sampling
 from .loop import StepReport
+from .replies import Exchange, exchanges, question, replies
 from .run import Run
 
 LOOK_TOKENS = 1 << 16  # held-out tokens per look; the whole text is evaluated at the end
@@ -86,10 +88,10 @@ class Reporter:
     def validate(self, run: Run) -> None:
         """Measure the loss on some of the held-out text, and show a short sample."""
         loss = held_out_loss(run)
-        bits = loss / math.log(2) * len(run.corpus.valid) / run.corpus.valid_bytes
+        bits = loss / math.log(2) * run.corpus.tokens_per_byte
         self._record({"step": run.step, "held_out_loss": loss, "held_out_bits_per_byte": bits})
         line = Text(f"step {run.step:,}: held-out loss {loss:.3f}, {bits:.3f} bits per byte   ")
-        line.append(one_line(sample(run, opening(run), seed=run.step)), style="dim")
+        line.append(one_line(look(run)), style="dim")
         self.console.print(line, no_wrap=True, overflow="ellipsis")
 
     def saved(self, run: Run) -> None:
@@ -130,17 +132,16 @@ def open_tensorboard(folder: Path) -> Any:
 
 @torch.no_grad()
 def held_out_loss(run: Run) -> float:
-    """Mean loss in nats per token over evenly spread windows of the held-out text."""
-    windows = Windows(run.corpus.valid, run.config.ctx_len)
+    """Mean loss in nats per token over evenly spread windows of the held-out text, or its replies."""
+    windows = run.corpus.windows(run.config.ctx_len)
     count = min(len(windows), max(1, LOOK_TOKENS // run.config.ctx_len))
     chosen = np.linspace(0, len(windows) - 1, count).astype(int).tolist()
     run.model.eval()
     total, tokens = 0.0, 0
     for start in range(0, len(chosen), run.settings.batch_size):
         rows = windows[chosen[start : start + run.settings.batch_size]]
-        inputs, targets = (torch.from_numpy(part).to(run.decisions.device) for part in rows)
         with run.decisions.autocast():
-            parts = run.module(inputs, targets)
+            parts = run.module(*(torch.from_numpy(part).to(run.decisions.device) for part in rows))
         total += float(parts.total)
         tokens += int(parts.tokens)
     run.model.train()
@@ -164,11 +165,22 @@ def sample(run: Run, prompt: str, seed: int, tokens: int = SAMPLE_TOKENS, temper
     return text
 
 
-def opening(run: Run) -> str:
+def look(run: Run) -> str:
+    """What the model makes of held-out text, or the reply to a held-out question, as it is now."""
+    if isinstance(run.corpus, ChatCorpus):
+        exchange = exchanges(run.corpus.valid, run.config.ctx_len, 1)[0]
+        if run.settings.prompt is not None:
+            asked = run.corpus.chat_format.encode([{"role": "user", "content": run.settings.prompt}])
+            exchange = Exchange(tuple(asked), reply=())
+        return f"{question(run, exchange)} {replies(run, [exchange])[0]}"
+    return sample(run, opening(run.settings.prompt, run.corpus), seed=run.step)
+
+
+def opening(prompt: str | None, corpus: Corpus) -> str:
     """What the samples along the way go on from: what was asked for, or the beginning of the held-out text."""
-    if run.settings.prompt is not None:
-        return run.settings.prompt
-    return next(run.corpus.valid_text())[:160].decode("utf-8", errors="ignore").split("\n")[0][:40].rstrip(" ")
+    if prompt is not None:
+        return prompt
+    return next(corpus.valid_text())[:160].decode("utf-8", errors="ignore").split("\n")[0][:40].rstrip(" ")
 
 
 def one_line(text: str) -> str:

@@ -14,16 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..chat import DEFAULT_TEMPLATE
+from ..chat import DEFAULT_TEMPLATE, ChatFormat
 from ..checkpoint import training
 from ..checkpoint.publish import Publication, publish
 from ..config import ThinkerConfig
 from ..data.batches import Batches
+from ..data.chat_shards import ChatCorpus, prepare_chats
+from ..data.packing import PackedBatches
 from ..data.shards import Corpus, prepare
 from ..formats import Q8Tensor, open_model
 from ..loss import NextTokenLoss
 from ..model import ThinkerLM
 from ..tokenizer import Tokenizer
+from .chats import chat_format, ending_turns, with_turns
 from .config import TrainConfig
 from .decide import Decisions, choose_device, decide
 from .memory import checkpoint_activations
@@ -45,10 +48,10 @@ class Run:
     config: ThinkerConfig
     settings: TrainConfig
     decisions: Decisions
-    corpus: Corpus
+    corpus: Corpus | ChatCorpus
     model: ThinkerLM
     optimizers: list[torch.optim.Optimizer]
-    batches: Batches
+    batches: Batches | PackedBatches
     scaler: torch.amp.GradScaler
     publication: Publication
     step: int = 0
@@ -101,34 +104,58 @@ def begin(config: ThinkerConfig, settings: TrainConfig, given: set[str], say: Sa
     folder = settings.folder
     if training.latest(folder) is not None:
         raise ValueError(f"{folder} already holds a run: go on with --resume, or name another folder with --out")
-    needed = config.ctx_len + 1
     if settings.init is None:
         parameters = None
-        corpus = prepare(settings.data, settings.tokenizer, config.vocab_size, needed, say)
-        tokenizer = corpus.tokenizer
-        config = config.changed(vocab_size=tokenizer.vocab_size)
-        publication = Publication(
-            bos_id=tokenizer.bos_id,
-            eos_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
-            pad_id=tokenizer.pad_id,
-            add_bos=tokenizer.bos_id is not None,
-            chat_template=DEFAULT_TEMPLATE,
-        )
+        corpus = corpus_of(settings, config, settings.tokenizer, None, say)
+        config = config.changed(vocab_size=corpus.tokenizer.vocab_size)
+        publication = own_publication(corpus.tokenizer)
     else:
         config, parameters, tokenizer, publication = starting_point(settings.init, config, given)
-        corpus = prepare(settings.data, tokenizer, config.vocab_size, needed, say)
+        if settings.chat:
+            config, parameters, tokenizer, publication = with_turns(config, parameters, tokenizer, publication)
+        corpus = corpus_of(settings, config, tokenizer, publication, say)
+    if isinstance(corpus, ChatCorpus):
+        publication = ending_turns(publication, corpus.chat_format)
     torch.manual_seed(settings.seed)
     model = ThinkerLM(config)
     if parameters is not None:
         load_parameters(model, parameters)
     device = choose_device(settings.device)
     model.to(device)
-    batches = Batches(corpus.train, settings.batch_size * settings.accumulate, config.ctx_len, settings.seed)
-    inputs, targets = (torch.from_numpy(part[:1]).to(device) for part in batches.batch(0))
-    decisions = decide(settings, NextTokenLoss(model), (inputs, targets), device)
+    batches = corpus.batches(settings.batch_size * settings.accumulate, config.ctx_len, settings.seed)
+    one_row = tuple(torch.from_numpy(part[:1]).to(device) for part in batches.batch(0))
+    decisions = decide(settings, NextTokenLoss(model), one_row, device)
     for reason in decisions.reasons:
         say(reason)
     return assemble(folder, config, settings, decisions, corpus, model, batches, publication)
+
+
+def own_publication(tokenizer: Tokenizer) -> Publication:
+    """What is published of a model with a tokenizer of this project's own."""
+    return Publication(
+        bos_id=tokenizer.bos_id,
+        eos_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
+        pad_id=tokenizer.pad_id,
+        add_bos=tokenizer.bos_id is not None,
+        chat_template=DEFAULT_TEMPLATE,
+    )
+
+
+def corpus_of(
+    settings: TrainConfig,
+    config: ThinkerConfig,
+    tokenizer: Tokenizer | str,
+    publication: Publication | None,
+    say: Say,
+) -> Corpus | ChatCorpus:
+    """The run's text or conversations as tokens. A model that is yet to be made has no publication."""
+    if not settings.chat:
+        return prepare(settings.data, tokenizer, config.vocab_size, config.ctx_len + 1, say)
+
+    def written_by(tokenizer: Tokenizer) -> ChatFormat:
+        return chat_format(tokenizer, publication if publication is not None else own_publication(tokenizer))
+
+    return prepare_chats(settings.data, tokenizer, written_by, config.ctx_len, config.vocab_size, say)
 
 
 def resume(wanted: ThinkerConfig, settings: TrainConfig, given: set[str], say: Say) -> Run:
@@ -156,7 +183,8 @@ def resume(wanted: ThinkerConfig, settings: TrainConfig, given: set[str], say: S
     if saved.tokenizer_json is None:
         raise ValueError(f"{newest}: has no tokenizer.json: take an older state, by removing this one")
     tokenizer = Tokenizer.from_json(saved.tokenizer_json)
-    corpus = prepare(settings.data, tokenizer, say=say)
+    publication = Publication.from_json(state["publication"], str(newest))
+    corpus = corpus_of(settings, config, tokenizer, publication, say)
     if corpus.fingerprint != state["corpus"]:
         raise ValueError(
             f"{folder}: the text of {', '.join(settings.data)} has changed since: begin a new run with --out"
@@ -165,8 +193,7 @@ def resume(wanted: ThinkerConfig, settings: TrainConfig, given: set[str], say: S
     model = ThinkerLM(config)
     load_parameters(model, saved.parameters)
     model.to(decisions.device)
-    batches = Batches(corpus.train, settings.batch_size * settings.accumulate, config.ctx_len, settings.seed)
-    publication = Publication.from_json(state["publication"], str(newest))
+    batches = corpus.batches(settings.batch_size * settings.accumulate, config.ctx_len, settings.seed)
     run = assemble(folder, config, settings, decisions, corpus, model, batches, publication)
     tensors = {name: torch.from_numpy(np.array(array)) for name, array in saved.optimizer.items()}
     restore_optimizers(model, run.optimizers, tensors)
@@ -181,9 +208,9 @@ def assemble(
     config: ThinkerConfig,
     settings: TrainConfig,
     decisions: Decisions,
-    corpus: Corpus,
+    corpus: Corpus | ChatCorpus,
     model: ThinkerLM,
-    batches: Batches,
+    batches: Batches | PackedBatches,
     publication: Publication,
 ) -> Run:
     """A run at step 0 from its parts."""

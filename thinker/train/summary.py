@@ -12,6 +12,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from ..data.progress import byte_bar
+from ..data.shards import Corpus
 from ..data.sources import open_sources
 from ..evaluate import evaluate
 from ..plots import loss_curve
@@ -24,11 +25,12 @@ OPENING_CHARACTERS = 80
 
 def summarise(run: Run, rows: list[dict[str, Any]], console: Console, wall_seconds: float) -> dict[str, Any]:
     """Show everything and return it as a JSON object. rows: the run's metrics."""
+    assert isinstance(run.corpus, Corpus), "of conversations chat_summary.py gives account"
     documents = [list(document.read()) for document in open_sources(run.settings.data).documents("valid")]
     with byte_bar("evaluating", run.corpus.valid_bytes) as advance:
         result = evaluate(run.model, run.tokenizer, documents, progress=advance)
     with console.status("asking xz -9"):
-        xz = xz_bits_per_byte(run)
+        xz = xz_bits_per_byte(run.corpus)
     picture = draw(run, rows, result.bits_per_byte, xz)
     beats = "fewer" if result.bits_per_byte < xz else "more"
     console.print(
@@ -83,14 +85,14 @@ def beginning(text: str) -> str:
     return cut if len(text) <= OPENING_CHARACTERS else cut[: max(cut.rfind(" "), 1)].rstrip(" ")
 
 
-def xz_bits_per_byte(run: Run) -> float:
+def xz_bits_per_byte(corpus: Corpus) -> float:
     """Bits per byte that `xz -9` needs for the held-out text: a yardstick that has seen no training text."""
     compressor = lzma.LZMACompressor(preset=9)
-    size = sum(len(compressor.compress(piece)) for piece in run.corpus.valid_text()) + len(compressor.flush())
-    return 8 * size / run.corpus.valid_bytes
+    size = sum(len(compressor.compress(piece)) for piece in corpus.valid_text()) + len(compressor.flush())
+    return 8 * size / corpus.valid_bytes
 
 
-def draw(run: Run, rows: list[dict[str, Any]], bits_per_byte: float, xz: float) -> Path:
+def draw(run: Run, rows: list[dict[str, Any]], bits_per_byte: float, xz: float | None) -> Path:
     """The loss curve beside the checkpoint."""
     picture = run.folder / "loss.png"
     steps = [row for row in rows if "loss" in row]
