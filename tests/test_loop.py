@@ -251,7 +251,7 @@ def test_init_starts_from_a_models_exact_weights_and_tokenizer(text, tmp_path):
 def test_the_published_view_is_the_model(text, tmp_path):
     """Bug: what others open is an older step, or the unfolded layer scale."""
     from thinker.formats import open_model
-    from thinker.train.run import load_parameters
+    from thinker.llm import load_parameters
 
     run, _ = train(text, tmp_path / "run", ARCHITECTURE.changed(layer_scale=0.3, dropout=0.0))
     files = open_model(tmp_path / "run")

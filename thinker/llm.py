@@ -11,7 +11,7 @@ import functools
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, get_args, overload
 
@@ -105,6 +105,23 @@ def _with_context(files: ModelFiles, ctx_len: int, notice: Notice) -> ModelFiles
     return dataclasses.replace(files, config=files.config.changed(ctx_len=ctx_len))
 
 
+def load_parameters(model: ThinkerLM, tensors: Mapping[str, np.ndarray | Q8Tensor]) -> None:
+    """Copy tensors by name into a model's parameters, a tied one once. `ValueError` when names or shapes differ."""
+    import torch
+
+    parameters = dict(model.named_parameters())
+    if parameters.keys() != set(tensors):
+        odd = sorted(parameters.keys() ^ set(tensors))
+        raise ValueError(f"the file and the model differ in {len(odd)} parameters, {odd[0]} first")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            tensor = tensors[name]
+            wide = tensor.to_float32() if isinstance(tensor, Q8Tensor) else np.array(tensor, np.float32)
+            if wide.shape != tuple(parameter.shape):
+                raise ValueError(f"{name} is {wide.shape} in the file, {tuple(parameter.shape)} in the model")
+            parameter.copy_(torch.from_numpy(wide))
+
+
 class LLM:
     """A model with its tokenizer. Made by `load`; for one thread."""
 
@@ -132,11 +149,7 @@ class LLM:
         from .model import ThinkerLM
 
         model = ThinkerLM(self.config)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                tensor = self.files.tensors[name]
-                wide = tensor.to_float32() if isinstance(tensor, Q8Tensor) else np.array(tensor, np.float32)
-                parameter.copy_(torch.from_numpy(wide))
+        load_parameters(model, self.files.tensors)
         dtype = "float32" if self._dtype in (None, "int8") else self._dtype
         device = "cuda" if self._in_torch and torch.cuda.is_available() else "cpu"
         return model.to(device, getattr(torch, str(dtype))).eval()

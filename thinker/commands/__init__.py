@@ -51,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.exit(0)
     if arguments[0] not in COMMANDS:
         fail(f"unknown command {arguments[0]!r}: choose among {', '.join(COMMANDS)}")
-    command = importlib.import_module(f".{arguments[0]}", __package__)
     try:
+        command = importlib.import_module(f".{arguments[0]}", __package__)
         status = command.run(parse(command.Options, arguments[0], arguments[1:]))
         sys.stdout.flush()
     except ValueError as error:

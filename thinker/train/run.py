@@ -23,6 +23,7 @@ from ..data.chat_shards import ChatCorpus, prepare_chats
 from ..data.packing import PackedBatches
 from ..data.shards import Corpus, prepare
 from ..formats import Q8Tensor, open_model
+from ..llm import load_parameters
 from ..loss import NextTokenLoss
 from ..model import ThinkerLM
 from ..tokenizer import Tokenizer
@@ -77,7 +78,7 @@ class Run:
         training.save(
             self.folder,
             self.step,
-            parameters={name: as_numpy(p) for name, p in unique_parameters(self.model).items()},
+            parameters={name: as_numpy(p) for name, p in self.model.named_parameters()},
             optimizer={name: as_numpy(t) for name, t in optimizer_tensors(self.model, self.optimizers).items()},
             state={
                 "config": self.config.model_dump(exclude_none=True),
@@ -263,26 +264,6 @@ def starting_point(
         chat_template=files.chat_template,
     )
     return config.changed(**changes), parameters, tokenizer, publication
-
-
-def load_parameters(model: ThinkerLM, arrays: Mapping[str, np.ndarray | Q8Tensor]) -> None:
-    """Copy arrays by name into the model's parameters. Raises `ValueError` when names or shapes differ."""
-    parameters = unique_parameters(model)
-    if parameters.keys() != set(arrays):
-        odd = sorted(parameters.keys() ^ set(arrays))
-        raise ValueError(f"the file and the model differ in {len(odd)} parameters, {odd[0]} first")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            stored = arrays[name]
-            array = stored.to_float32() if isinstance(stored, Q8Tensor) else np.array(stored, np.float32)
-            if array.shape != tuple(parameter.shape):
-                raise ValueError(f"{name} is {array.shape} in the file, {tuple(parameter.shape)} in the model")
-            parameter.copy_(torch.from_numpy(array))
-
-
-def unique_parameters(model: ThinkerLM) -> dict[str, torch.nn.Parameter]:
-    """Parameters by name, a tied one once."""
-    return dict(model.named_parameters())
 
 
 def as_numpy(tensor: Tensor) -> np.ndarray:
