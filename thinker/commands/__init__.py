@@ -26,6 +26,7 @@ COMMANDS = {
     "chat": "hold a conversation",
     "eval": "loss, perplexity and bits per byte of a text",
     "export": "write a GGUF file for llama.cpp",
+    "bench": "how fast this machine runs a model, beside its own limits",
     "doctor": "prove that a model computes the same wherever it runs",
 }
 

@@ -13,6 +13,7 @@ from typing import Annotated
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..bench.limits import peak_memory
 from ..llm import Backend, DType, load
 from ..llm import Options as Writing
 from .conversation import Conversation
@@ -77,6 +78,7 @@ def run(options: Options) -> int:
                 if not interactive:
                     raise
                 notice(f"{error} (/help tells what can be typed)")
+    notice(f"{peak_memory() / 1e6:,.0f} MB of memory at the peak")
     return 0
 
 

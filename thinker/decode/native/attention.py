@@ -13,22 +13,26 @@ from numba import njit
 from .elementwise import norm, rotate, softmax
 from .layout import CHUNK
 from .memory import floats, integers
-from .product import PANEL, product, product_q8
+from .product import PANEL, call
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def share(me, threads, count):  # type: ignore[no-untyped-def]
     """What falls to thread `me` of 0 to count - 1."""
     return count * me // threads, count * (me + 1) // threads
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def multiply(s, x, x_at, x_step, rows, w_at, w_step, panels, k, out, out_at, out_step):  # type: ignore[no-untyped-def]
     """A product with the model's weights, in the type they have."""
-    if s.quantised:
-        product_q8(x, x_at, x_step, rows, s.weights, w_at, w_step, panels, s.scales, k, out, out_at, out_step)
-    else:
-        product(x, x_at, x_step, rows, s.weights, w_at, w_step, panels, s.scales, k, out, out_at, out_step)
+    w, q, scales = s.weights, s.quantised, s.scales
+    call(s.product, x, x_at, x_step, rows, w, w_at, w_step, panels, s.abreast, q, scales, k, out, out_at, out_step)
+
+
+@njit(error_model="numpy", inline="always")
+def multiply_floats(s, x, x_at, x_step, rows, w, w_at, w_step, panels, k, out, out_at, out_step):  # type: ignore[no-untyped-def]
+    """A product with other panels, which are float32."""
+    call(s.product, x, x_at, x_step, rows, w, w_at, w_step, panels, 4, 0, 0, k, out, out_at, out_step)
 
 
 @njit(error_model="numpy")
@@ -58,7 +62,7 @@ def project(me, s, job, layer):  # type: ignore[no-untyped-def]
         head += count
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def finish_head(s, own, at, row, layer, at_floats, head):  # type: ignore[no-untyped-def]
     """One head of one row: query heads come first, then those of keys, then those of values."""
     H, G, width, half = s.heads, s.groups, s.width, s.width // 2
@@ -107,10 +111,10 @@ def attend(me, s, job, layer):  # type: ignore[no-untyped-def]
         attend_to(s, job, s.own + me * s.step_own, row, count, item // blocks * heads, heads, layer)
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def attend_to(s, job, own, row, count, head, heads, layer):  # type: ignore[no-untyped-def]
     """`count` neighbouring rows of a slot by one head, or one row by several heads of one group."""
-    H, width, capacity, tile = s.heads, s.width, s.capacity, s.at_tile
+    H, width, capacity = s.heads, s.width, s.capacity
     places = integers(s.places, row, count)
     visible = places[count - 1] + 1
     cache = integers(s.slots, row, 1)[0] * s.step_slot + layer * s.step_layer_cache
@@ -119,12 +123,13 @@ def attend_to(s, job, own, row, count, head, heads, layer):  # type: ignore[no-u
     step_q = s.head_width if heads > 1 else H * s.head_width
     at_q = (row * H + head) * s.head_width
     panels = (visible + PANEL - 1) // PANEL
-    product(s.q, at_q, step_q, queries, s.keys, cache, width * PANEL, panels, 0, width, own, s.at_scores, capacity)
+    scores, step = s.at_scores, width * PANEL
+    multiply_floats(s, s.q, at_q, step_q, queries, s.keys, cache, step, panels, width, own, scores, capacity)
     for query in range(queries):
         sees = visible if heads > 1 else places[query] + 1
-        weights = floats(own, s.at_scores + query * capacity, sees)
+        weights = floats(own, scores + query * capacity, sees)
         softmax(weights)
-        later = floats(own, s.at_scores + query * capacity + sees, visible - sees)
+        later = floats(own, scores + query * capacity + sees, visible - sees)
         for i in range(visible - sees):
             later[i] = 0
         if job.traced:
@@ -132,13 +137,11 @@ def attend_to(s, job, own, row, count, head, heads, layer):  # type: ignore[no-u
             kept = floats(job.seen_attention, line * job.traced, sees)
             for i in range(sees):
                 kept[i] = weights[i]
-    step = capacity * PANEL
-    product(
-        own, s.at_scores, capacity, queries, s.values, cache, step, s.head_panels, 0, visible, own, tile, s.head_width
-    )
+    step, to, step_to = capacity * PANEL, s.at_tile, s.head_width
+    multiply_floats(s, own, scores, capacity, queries, s.values, cache, step, s.head_panels, visible, own, to, step_to)
     for query in range(queries):
         place = row * H + head + (query if heads > 1 else query * H)
-        y, answer = floats(s.y, place * width, width), floats(own, tile + query * s.head_width, width)
+        y, answer = floats(s.y, place * width, width), floats(own, to + query * step_to, width)
         for i in range(width):
             y[i] = answer[i]
 

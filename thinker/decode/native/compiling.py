@@ -9,14 +9,16 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import llvmlite
 import numba
 from llvmlite import binding
-from numba import njit
+from numba import cfunc, njit, types
 
 
 def cache_folder() -> Path:
@@ -41,12 +43,47 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "thinker"
 
 
-def cached(function: Callable[..., Any]) -> Any:
-    """Compile a function when it is first called, keeping the result on disk where that is possible."""
-    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(cache_folder())
+@contextmanager
+def _keeping() -> Iterator[bool]:
+    """Have Numba keep on disk what is declared in here; False if there is nowhere to write."""
+    folder, before = cache_folder(), numba.config.CACHE_DIR
     try:
-        return njit(cache=True, error_model="numpy")(function)
-    except RuntimeError:  # nowhere to write: compile anew each time
-        return njit(error_model="numpy")(function)
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    numba.config.CACHE_DIR = str(folder)
+    try:
+        yield writable
     finally:
         numba.config.CACHE_DIR = before
+
+
+def cached(function: Callable[..., Any]) -> Any:
+    """Compile a function when it is first called."""
+    with _keeping() as writable:
+        return njit(cache=writable, error_model="numpy")(function)
+
+
+class CFunction:
+    """A function of so many int64 and without a result, compiled when its address is first asked for."""
+
+    def __init__(self, function: Callable[..., None], arguments: int) -> None:
+        self.function, self.signature = function, types.void(*[types.int64] * arguments)
+
+    @cached_property
+    def compiled(self) -> Any:
+        """What keeps the code alive."""
+        with _keeping() as writable:
+            return cfunc(self.signature, cache=writable, error_model="numpy")(self.function)
+
+    @property
+    def address(self) -> int:
+        """Where the code is."""
+        address: int = self.compiled.address
+        return address
+
+
+def c_function(arguments: int) -> Callable[[Callable[..., None]], CFunction]:
+    """Make a function a `CFunction`."""
+    return lambda function: CFunction(function, arguments)

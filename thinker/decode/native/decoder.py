@@ -20,8 +20,9 @@ from numpy.typing import ArrayLike
 
 from ...sampling import Draws, check_drawn
 from ..decoder import Decoder, Weights, check_embeddings, check_room, check_slots, check_tokens
-from .layout import QUERIES, ROWS, aligned, lay_out
+from .layout import QUERIES, ROWS, aligned, lay_out, sparse
 from .packing import Packed
+from .product import product
 from .team import JOB, Team
 
 
@@ -59,7 +60,7 @@ class NativeDecoder(Decoder):
         most = threads or processors()
         shape, sizes = lay_out(files.config, dtype == "int8", most)
         self._packed = Packed(files, shape, sizes)
-        self._keys, self._values = (aligned(slots * sizes.slot, np.float32) for _ in range(2))
+        self._keys, self._values = (sparse(slots * sizes.slot, np.float32) for _ in range(2))
         self._work, self._plan = aligned(sizes.work, np.float32), aligned(sizes.plan, np.int64)
         self._rows = np.zeros((3, ROWS), np.int64)
         self._row_slots, self._row_places, self._row_tokens = self._rows
@@ -197,6 +198,7 @@ class NativeDecoder(Decoder):
             ("tokens", self._row_tokens),
         ):
             s[name] = array.ctypes.data
+        s["product"] = product.address
         s["step_own"] *= 4  # from here on in bytes, as they are added to addresses
         s["step_plan"] *= 8
         self._job["drawn"] = self._drawn.ctypes.data

@@ -9,6 +9,8 @@ tensors get there is `packing.py`'s business.
 
 from __future__ import annotations
 
+import mmap
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +26,8 @@ QUERIES = 8  # rows of a prompt that attend together
 LINE = 16  # elements of a cache line of float32
 
 _COUNTS = """layers d_model d_ff heads groups width vocab experts chosen gated mixture qk_norm quantised activation
-    ctx_len capacity head_panels ff_panels model_panels vocab_panels head_width ff_width vocab_width"""
-_ADDRESSES = "weights scales floats keys values x q y hidden logits own plan slots places tokens sync"
+    ctx_len capacity abreast head_panels ff_panels model_panels vocab_panels head_width ff_width vocab_width"""
+_ADDRESSES = "product weights scales floats keys values x q y hidden logits own plan slots places tokens sync"
 _PLACES = """at_layers step_layer at_out at_up step_up at_down step_down at_embedding at_head
     at_cos at_sin at_norm at_layer_floats step_layer_floats at_norm2 at_q_norm at_k_norm at_router
     step_slot step_layer_cache step_head_cache
@@ -47,6 +49,14 @@ def aligned(size: int, dtype: Any) -> np.ndarray:
     raw = np.zeros(size * width + line, np.uint8)
     start = -raw.ctypes.data % line
     return raw[start : start + size * width].view(dtype)
+
+
+def sparse(size: int, dtype: Any) -> np.ndarray:
+    """The same in small pages, for caches of which little may ever be used: numpy's huge ones would come whole."""
+    memory = mmap.mmap(-1, size * np.dtype(dtype).itemsize)
+    if sys.platform == "linux":
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, dtype)
 
 
 class Places:
@@ -96,6 +106,7 @@ def lay_out(config: ThinkerConfig, quantised: bool, threads: int) -> tuple[np.nd
         "activation": ACTIVATIONS.index(config.activation_name),
         "ctx_len": config.ctx_len,
         "capacity": panels(config.ctx_len) * PANEL,
+        "abreast": CHUNK,
     }
     for name, value in counts.items():
         s[name] = value

@@ -11,11 +11,11 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from .attention import multiply, norm_rows, share
+from .attention import multiply, multiply_floats, norm_rows, share
 from .elementwise import activate, softmax
 from .layout import CHUNK
 from .memory import floats, integers
-from .product import PANEL, product
+from .product import PANEL
 
 
 @njit(error_model="numpy")
@@ -48,7 +48,7 @@ def expand(me, s, job, layer):  # type: ignore[no-untyped-def]
             panel += width
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def pairs_of(me, s, job, expert):  # type: ignore[no-untyped-def]
     """The first pair of an expert, and how many it has."""
     if not s.mixture:
@@ -108,7 +108,7 @@ def route(me, s, job, layer):  # type: ignore[no-untyped-def]
     own, plan = s.own + me * s.step_own, s.plan + me * s.step_plan
     panels = (E + PANEL - 1) // PANEL
     at = s.at_layer_floats + layer * s.step_layer_floats + s.at_router
-    product(own, 0, D, n, s.floats, at, D * PANEL, panels, 0, D, own, s.at_tile, panels * PANEL)
+    multiply_floats(s, own, 0, D, n, s.floats, at, D * PANEL, panels, D, own, s.at_tile, panels * PANEL)
     first, pair, source = (
         integers(plan, s.at_first, E + 1),
         integers(plan, s.at_pair, n * K),

@@ -2,8 +2,8 @@
 
 Numba's loops can't keep a block of sums in registers, so these inner loops are emitted directly: sixteen outputs are
 the lanes of a vector, and each lane adds its inputs from the first to the last with fused multiply-adds. What one
-output is made of never depends on how many rows or panels a call covers, so neither do its bits. LLVM splits the vectors
-on processors with narrower registers. Everything around these loops is ordinary Numba and lives in the other kernels.
+output is made of never depends on how many rows or panels a call covers, so neither do its bits. LLVM splits the
+vectors on processors with narrower registers. Everything around these loops is ordinary Numba and lives in the other kernels.
 """
 
 # R rows, P panels, k inputs; a panel is PANEL outputs side by side: (k, PANEL), and (k / BLOCK, PANEL) for its scales
@@ -14,15 +14,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .memory import apart, pointer
+from .compiling import c_function
+from .memory import pointer
 
 LANES = 16  # float32 in one vector
 PANEL = 32  # outputs side by side in memory
 BLOCK = 32  # inputs that share a scale in INT8
+CACHE_LINE = 64  # bytes
 
 INT, SHORT, BYTE, FLOAT = ir.IntType(64), ir.IntType(16), ir.IntType(8), ir.FloatType()
 FLOATS = ir.VectorType(FLOAT, LANES)
@@ -85,6 +87,14 @@ def _fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Val
     )
 
 
+def _fetch(builder: ir.IRBuilder, pointer: ir.Value, ahead: int) -> None:
+    """Ask for the cache line so many bytes further, which may lie beyond the array: nothing is read."""
+    switches = [ir.IntType(32)(value) for value in (0, 3, 1)]  # to be read, soon again, data
+    kinds = [BYTE.as_pointer(), *(switch.type for switch in switches)]
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), kinds), "llvm.prefetch.p0")
+    builder.call(function, [builder.gep(pointer, [INT(ahead)]), *switches])
+
+
 def _from_half(builder: ir.IRBuilder, half: ir.Value) -> ir.Value:
     """Positive float16 bits as float32, without the instruction that older processors lack.
 
@@ -94,97 +104,145 @@ def _from_half(builder: ir.IRBuilder, half: ir.Value) -> ir.Value:
     return builder.fmul(builder.bitcast(bits, FLOATS), _same(FLOATS, 2.0**112))
 
 
-def _tile(rows: int, panels: int, quantised: bool) -> Any:
+def _tile(rows: int, panels: int, ahead: int = 0) -> Any:
     """The product of R rows and P panels, for fixed R and P: out (R, 32 P) = x (R, k) times w (P, k, 32).
 
-    In INT8 the sum of a block of 32 inputs is scaled as a whole.
+    In INT8 the sum of a block of 32 inputs is scaled as a whole, and what lies `ahead` bytes further is fetched.
     """
     places = [divmod(lane, PANEL) for lane in range(0, panels * PANEL, LANES)]  # panel and lane of each vector
     vectors = len(places)
 
     @intrinsic
-    def tile(typing, x, x_at, x_step, w, w_at, w_step, scales, k, out, out_at, out_step):  # type: ignore[no-untyped-def]
+    def tile(typing, x, x_at, x_step, w, w_at, w_step, quantised, scales, k, out, out_at, out_step):  # type: ignore[no-untyped-def]
         def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-            x, x_at, x_step, w, w_at, w_step, scales, k, out, out_at, out_step = arguments
+            x, x_at, x_step, w, w_at, w_step, quantised, scales, k, out, out_at, out_step = arguments
             zeros = [_same(FLOATS, 0.0)] * (rows * vectors)
+            x_rows = [pointer(builder, x, FLOAT, x_at, builder.mul(x_step, INT(row))) for row in range(rows)]
 
             def columns(address, kind, at, step):  # type: ignore[no-untyped-def]
                 starts = [builder.add(builder.mul(step, INT(panel)), INT(lane)) for panel, lane in places]
                 return [pointer(builder, address, kind, at, start) for start in starts]
 
-            def add_products(j, sums):  # type: ignore[no-untyped-def]
-                weights = [_load(builder, builder.gep(column, [builder.mul(j, INT(PANEL))])) for column in w_columns]
-                if quantised:
+            def products(columns, j, sums):  # type: ignore[no-untyped-def]
+                weights = [_load(builder, builder.gep(column, [builder.mul(j, INT(PANEL))])) for column in columns]
+                if weights[0].type != FLOATS:
                     weights = [builder.sitofp(builder.sext(weight, WORDS), FLOATS) for weight in weights]
                 values = [_spread(builder, builder.load(builder.gep(row, [j]))) for row in x_rows]
                 return [
                     _fma(builder, weights[i % vectors], values[i // vectors], total) for i, total in enumerate(sums)
                 ]
 
-            def add_block(j, sums):  # type: ignore[no-untyped-def]
-                parts = _loop(builder, j, builder.add(j, INT(BLOCK)), 1, zeros, add_products)
-                # One scale for 32 weights, in their order: those of a block of inputs take PANEL = BLOCK places.
-                scales = [_from_half(builder, _load(builder, builder.gep(column, [j]))) for column in scale_columns]
-                return [_fma(builder, part, scales[i % vectors], sums[i]) for i, part in enumerate(parts)]
+            def in_floats():  # type: ignore[no-untyped-def]
+                weights = columns(w, FLOAT, w_at, w_step)
+                return _loop(builder, INT(0), k, 1, zeros, lambda j, sums: products(weights, j, sums))
 
-            x_rows = [pointer(builder, x, FLOAT, x_at, builder.mul(x_step, INT(row))) for row in range(rows)]
-            w_columns = columns(w, BYTE if quantised else FLOAT, w_at, w_step)
-            if quantised:
+            def in_q8():  # type: ignore[no-untyped-def]
+                weights = columns(w, BYTE, w_at, w_step)
+                # One scale for 32 weights, in their order: those of a block of inputs take PANEL = BLOCK places.
                 at, step = (builder.sdiv(value, INT(BLOCK)) for value in (w_at, w_step))
-                scale_columns = columns(scales, SHORT, at, step)
-                sums = _loop(builder, INT(0), k, BLOCK, zeros, add_block)
-            else:
-                sums = _loop(builder, INT(0), k, 1, zeros, add_products)
-            for i, total in enumerate(sums):
-                row, vector = divmod(i, vectors)
-                place = pointer(builder, out, FLOAT, out_at, builder.mul(out_step, INT(row)), INT(vector * LANES))
-                _store(builder, total, place)
+                halves = columns(scales, SHORT, at, step)
+
+                def block(j, sums):  # type: ignore[no-untyped-def]
+                    for line in range(ahead, ahead + BLOCK * PANEL if ahead else 0, CACHE_LINE):
+                        _fetch(
+                            builder,
+                            builder.gep(
+                                weights[0],
+                                [
+                                    builder.mul(j, INT(PANEL)),
+                                ],
+                            ),
+                            line,
+                        )
+                    end = builder.add(j, INT(BLOCK))
+                    parts = _loop(builder, j, end, 1, zeros, lambda i, sums: products(weights, i, sums))
+                    factors = [_from_half(builder, _load(builder, builder.gep(column, [j]))) for column in halves]
+                    return [_fma(builder, part, factors[i % vectors], sums[i]) for i, part in enumerate(parts)]
+
+                return _loop(builder, INT(0), k, BLOCK, zeros, block)
+
+            def keep(sums):  # type: ignore[no-untyped-def]
+                for i, total in enumerate(sums):
+                    row, vector = divmod(i, vectors)
+                    place = pointer(builder, out, FLOAT, out_at, builder.mul(out_step, INT(row)), INT(vector * LANES))
+                    _store(builder, total, place)
+
+            with builder.if_else(builder.icmp_signed("!=", quantised, INT(0))) as (then, otherwise):
+                with then:
+                    keep(in_q8())
+                with otherwise:
+                    keep(in_floats())
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 11), generate
+        return types.void(*[types.int64] * 12), generate
 
     return tile
 
 
-def _product(quantised: bool) -> Any:
-    eight_rows, four_rows = _tile(8, 1, quantised), _tile(4, 1, quantised)
-    four_panels, two_panels, one_panel = (_tile(1, panels, quantised) for panels in (4, 2, 1))
-
-    @njit(error_model="numpy")
-    def product(x, x_at, x_step, rows, w, w_at, w_step, panels, scales, k, out, out_at, out_step):  # type: ignore[no-untyped-def]
-        """out[r, 32 p + lane] = sum over j of x[r, j] * w[p, j, lane]; addresses, places in them, and strides.
-
-        Eight rows by one panel fill the registers. A single row takes four panels at once, so that enough sums are on
-        their way to hide how long one addition takes.
-        """
-        apart()
-        panel = 0
-        while panel < panels:
-            together = 4 if panel + 4 <= panels else 2 if panel + 2 <= panels else 1
-            row = 0
-            if rows >= 4:
-                for p in range(panel, panel + together):
-                    row, from_x, to = 0, x_at, out_at + p * PANEL
-                    while row + 8 <= rows:
-                        eight_rows(x, from_x, x_step, w, w_at + p * w_step, w_step, scales, k, out, to, out_step)
-                        row, from_x, to = row + 8, from_x + 8 * x_step, to + 8 * out_step
-                    if row + 4 <= rows:
-                        four_rows(x, from_x, x_step, w, w_at + p * w_step, w_step, scales, k, out, to, out_step)
-                        row += 4
-            for r in range(row, rows):
-                from_x, from_w, to = x_at + r * x_step, w_at + panel * w_step, out_at + r * out_step + panel * PANEL
-                if together == 4:
-                    four_panels(x, from_x, x_step, w, from_w, w_step, scales, k, out, to, out_step)
-                elif together == 2:
-                    two_panels(x, from_x, x_step, w, from_w, w_step, scales, k, out, to, out_step)
-                else:
-                    one_panel(x, from_x, x_step, w, from_w, w_step, scales, k, out, to, out_step)
-            panel += together
-
-    return product
+eight_rows, four_rows, four_panels, two_panels = _tile(8, 1), _tile(4, 1), _tile(1, 4), _tile(1, 2)
+one_panel = _tile(1, 1, ahead=8192)
 
 
-product, product_q8 = _product(quantised=False), _product(quantised=True)
+@c_function(15)
+def product(x, x_at, x_step, rows, w, w_at, w_step, panels, abreast, quantised, scales, k, out, out_at, out_step):  # type: ignore[no-untyped-def]
+    """out[r, 32 p + lane] = sum over j of x[r, j] * w[p, j, lane]; addresses, places from there, and strides.
+
+    Eight rows by one panel fill the registers. A single row takes up to four panels `abreast`, so that enough sums are
+    on their way to hide how long one addition takes; but weights from beyond the caches come faster as a single stream.
+    A function of C, whose address the kernels get (`SHAPE`): compiled once, and not into each of its callers.
+    """
+    panel = 0
+    while panel < panels:
+        together = min(abreast, 4 if panel + 4 <= panels else 2 if panel + 2 <= panels else 1)
+        row = 0
+        if rows >= 4:
+            for p in range(panel, panel + together):
+                row, from_x, from_w, to = 0, x_at, w_at + p * w_step, out_at + p * PANEL
+                while row + 8 <= rows:
+                    eight_rows(x, from_x, x_step, w, from_w, w_step, quantised, scales, k, out, to, out_step)
+                    row, from_x, to = row + 8, from_x + 8 * x_step, to + 8 * out_step
+                if row + 4 <= rows:
+                    four_rows(x, from_x, x_step, w, from_w, w_step, quantised, scales, k, out, to, out_step)
+                    row += 4
+        for r in range(row, rows):
+            from_x, from_w, to = x_at + r * x_step, w_at + panel * w_step, out_at + r * out_step + panel * PANEL
+            if together == 4:
+                four_panels(x, from_x, x_step, w, from_w, w_step, quantised, scales, k, out, to, out_step)
+            elif together == 2:
+                two_panels(x, from_x, x_step, w, from_w, w_step, quantised, scales, k, out, to, out_step)
+            else:
+                one_panel(x, from_x, x_step, w, from_w, w_step, quantised, scales, k, out, to, out_step)
+        panel += together
+
+
+@intrinsic
+def call(
+    typing,
+    address,
+    x,
+    x_at,
+    x_step,
+    rows,
+    w,
+    w_at,
+    w_step,
+    panels,
+    abreast,
+    quantised,
+    scales,
+    k,
+    out,
+    out_at,
+    out_step,
+):  # type: ignore[no-untyped-def]
+    """Call `product` at its address."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        function = ir.FunctionType(ir.VoidType(), [INT] * 15)
+        builder.call(builder.inttoptr(arguments[0], function.as_pointer()), arguments[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 16), generate
 
 
 def _add(builder: ir.IRBuilder, value: ir.Value, total: ir.Value) -> ir.Value:

@@ -178,10 +178,12 @@ class Team:
             self._gather()
         asleep = member(0, self.shape, self.jobs, False)
         if asleep:
-            for me, wake in enumerate(self.wake, start=1):
-                if asleep >> me & 1:
-                    wake.set()
-            member(0, self.shape, self.jobs, True)
+            try:
+                for me, wake in enumerate(self.wake, start=1):
+                    if asleep >> me & 1:
+                        wake.set()
+            finally:  # helpers that have been given work wait for thread 0, even when Ctrl-C comes now
+                member(0, self.shape, self.jobs, True)
 
     def _gather(self) -> None:
         """Start the helpers, asleep: a new team's, or those that a forked child lacks."""

@@ -1,0 +1,121 @@
+"""Thinker, as `thinker train` and `thinker generate` run it."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any, Literal
+
+import numba
+import numpy as np
+
+import thinker
+from thinker.bench.speed import practice, some_tokens, trainer
+from thinker.bench.speed import prefill as prefill_seconds
+from thinker.config import ThinkerConfig
+from thinker.decode.decoder import Decoder
+from thinker.decode.native import open_native
+from thinker.decode.native.layout import lay_out
+from thinker.formats import open_model
+from thinker.llm import LLM, NativeType
+from thinker.sampling import Draws, Sampling
+
+from . import Ready
+
+
+def train(architecture: dict[str, Any], settings: dict[str, Any]) -> Ready:
+    """Whole training steps: batch, forward, backward, clipping, optimiser; deterministic, as always."""
+    import torch
+
+    from thinker.train.config import TrainConfig
+    from thinker.train.decide import repeatable
+
+    config = ThinkerConfig.model_validate({"dropout": 0.0} | architecture)
+    chosen = TrainConfig.model_validate({"steps": 1_000_000} | settings)
+    with repeatable(None):
+        run = practice(config, chosen)
+        step = trainer(run)
+
+    def turn() -> float:
+        with repeatable(None):
+            return step()
+
+    about = {
+        "thinker": thinker.__version__,
+        "torch": torch.__version__,
+        "threads": run.decisions.threads,
+        "optimizer": chosen.optimizer,
+        "parameters": config.parameter_count(),
+    }
+    return Ready(turn, chosen.batch_size * config.ctx_len, about)
+
+
+def decode(
+    model: str,
+    dtype: NativeType,
+    streams: int = 1,
+    prompt: int = 16,
+    new: int = 256,
+    backend: Literal["native", "torch"] = "native",
+    **sampling: Any,
+) -> Ready:
+    """Prompts of `prompt` tokens and `new` tokens after each; everything counts, prefill too."""
+    decoder, about = _open(model, dtype, streams, backend)
+    tokens, slots = some_tokens(decoder.config, prompt), np.arange(streams)
+    draws = Draws(streams, decoder.config.vocab_size)
+
+    def turn() -> float:
+        start = time.perf_counter()
+        last = np.zeros(streams, np.int64)
+        for slot in range(streams):
+            decoder.truncate(slot, 0)
+            logits = decoder.prefill(slot, tokens)
+            draws.begin(slot, Sampling(**sampling), slot, tokens)
+            last[slot] = draws.draw([slot], logits[None])[0]
+        if streams == 1:
+            decoder.run(0, int(last[0]), draws, new - 1)
+        else:
+            for _ in range(new - 1):
+                last = decoder.advance(slots, last, draws)
+        return time.perf_counter() - start
+
+    return Ready(turn, streams * new, about)
+
+
+def prefill(model: str, dtype: NativeType, length: int = 500) -> Ready:
+    """A prompt of `length` tokens."""
+    decoder, about = _open(model, dtype, 1)
+    return Ready(partial(prefill_seconds, decoder, length), length, about)
+
+
+def next_token(model: str, dtype: NativeType, context: int, cached: bool) -> Ready:
+    """One more token behind `context` others: from the cache, or computing them all again."""
+    decoder, about = _open(model, dtype, 1)
+    tokens = some_tokens(decoder.config, context)
+    decoder.prefill(0, tokens)
+    draws = Draws(1, decoder.config.vocab_size)
+
+    def turn() -> float:
+        decoder.truncate(0, context - 1 if cached else 0)
+        start = time.perf_counter()
+        if cached:
+            decoder.run(0, int(tokens[-1]), draws, 1)
+        else:
+            draws.draw([0], decoder.prefill(0, tokens)[None])
+        return time.perf_counter() - start
+
+    return Ready(turn, 1, about)
+
+
+def _open(model: str, dtype: NativeType, slots: int, backend: str = "native") -> tuple[Decoder, dict[str, Any]]:
+    files = open_model(model)
+    about = {"thinker": thinker.__version__, "weights": dtype, "keys and values": "float32"}
+    if backend == "torch":
+        import torch
+
+        llm = LLM(files, "torch", dtype, slots, print)
+        return llm.decoder, about | {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    decoder = open_native(files, slots, dtype)
+    _, sizes = lay_out(files.config, dtype == "int8", 1)
+    mine = {"threads": decoder.threads, "bytes of keys and values": 2 * 4 * sizes.slot}
+    return decoder, about | {"numba": numba.__version__} | mine

@@ -1,0 +1,510 @@
+"""`thinker bench` and the machinery of benchmarks/: formulas, limits, turns, tables. No speed is asserted anywhere."""
+
+import ast
+import io
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import randomise, small
+from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
+
+import thinker
+from thinker.bench import costs, limits, report, speed
+from thinker.cache import KVCache
+from thinker.commands import bench as command
+from thinker.config import ThinkerConfig
+from thinker.decode import native
+from thinker.decode.torch_decoder import TorchDecoder
+from thinker.model import ThinkerLM
+from thinker.trace import trace
+from thinker.train.config import TrainConfig
+from thinker.train.decide import repeatable
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the package, so it is not installed
+
+from benchmarks import decode, growth, results, train_step, turns  # noqa: E402
+from benchmarks.contestants import tutorial  # noqa: E402
+from benchmarks.contestants.plain_loop import TrainingShape  # noqa: E402
+from benchmarks.results import Figure, Line, Match, Target  # noqa: E402
+from benchmarks.turns import Contestant, Died, Meeting, Result, Turn  # noqa: E402
+
+TINY = ThinkerConfig()
+MATCHES = (*train_step.MATCHES, *decode.MATCHES, *growth.MATCHES)
+
+
+# Costs
+
+
+def test_costs_of_the_tiny_model_by_hand() -> None:
+    """Catches a wrong factor in what every share and limit is computed from."""
+    blocks = 4 * (4 * 256 * 256 + 3 * 256 * 1024)  # q, k, v, out; gate, up, down
+    assert costs.matrix_weights(TINY) == blocks + 5000 * 256 == 5_474_304
+    # Forward and backward, 6 operations a weight; scores and sums over 256.5 keys on average, 2 operations each.
+    attention = 4 * 3 * (2 + 2) * 256.5 * 256
+    assert costs.training_flops(TINY, 512) == 6 * 5_474_304 + attention
+    assert round(costs.training_flops(TINY, 512) / 1e6) == 36
+    assert costs.decode_bytes(TINY, "float32", 1, 0) == 4 * 5_474_304  # 21.9 MB
+    # A byte each, 5.5 MB, and the blocks' scales.
+    assert costs.decode_bytes(TINY, "int8", 1, 0) == 5_474_304 + 2 * 5_474_304 / 32
+    assert costs.cache_bytes(TINY) == 4 * 2 * 256 * 4
+    assert costs.decode_bytes(TINY, "float32", 3, 100) == 4 * 5_474_304 + 3 * 100 * 8192
+
+
+@pytest.mark.parametrize("name", ["dense", "gqa", "one_group", "qk_norm", "plain_mlp", "tied", "wide_heads"])
+def test_costs_equal_what_torch_counts(name: str) -> None:
+    """Catches a matrix that is forgotten or counted twice in one of the architectures."""
+    config, T = small(name, dropout=0.0), 16
+    model = ThinkerLM(config).eval()
+    counter = FlopCounterMode(display=False)
+    with counter:
+        trace(model, torch.zeros(1, T, dtype=torch.long))  # in which attention is made of products that torch counts
+    # The whole square of scores, so that every token sees all T.
+    expected = T * (2 * costs.matrix_weights(config) + costs.attention_flops(config, T))
+    assert counter.get_total_flops() == expected
+    cache = KVCache.empty(config, 1, device=torch.device("cpu"), dtype=torch.float32)
+    assert cache.keys.nbytes + cache.values.nbytes == costs.cache_bytes(config) * config.ctx_len
+
+
+def test_prefill_needs_logits_for_the_last_token_only() -> None:
+    """Catches a limit for prefill that counts the head for every token."""
+    one = costs.decode_flops(TINY, 1)
+    assert costs.prefill_flops(TINY, 1) == one
+    two = costs.prefill_flops(TINY, 2)
+    assert two == one + costs.decode_flops(TINY, 2) - 2 * 256 * 5000
+
+
+def test_a_mixture_costs_what_is_chosen() -> None:
+    """Catches counting all experts' operations, or too few of their bytes once many streams choose."""
+    config = TINY.changed(use_moe=True, num_experts=8, num_experts_per_tok=2, d_ff=512)
+    expert = 3 * 256 * 512
+    assert costs.matrix_weights(config) == 4 * (4 * 256 * 256 + 2 * expert + 256 * 8) + 5000 * 256
+    assert costs.weights_read(config, 1) == costs.matrix_weights(config)
+    everything = config.parameter_count() - 5000 * 256 - 9 * 256  # less embedding and norms
+    assert costs.weights_read(config, 10_000) == pytest.approx(everything)
+    assert costs.weights_read(config, 1) < costs.weights_read(config, 2) < everything
+    assert costs.weights_read(TINY, 32) == costs.matrix_weights(TINY)
+
+
+# Limits
+
+
+def test_fastest_counts_no_first_call() -> None:
+    """Catches a limit that contains compiling or a first touch of memory, or the mean instead of the best."""
+    waits = iter([0.05, 0.02, 0.001, 0.02, 0.02])
+    assert 0.001 <= limits.fastest(lambda: time.sleep(next(waits)), 0.045) < 0.02
+
+
+def test_bandwidth_and_product_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a limit in the wrong unit: megabytes, or operations per call."""
+    monkeypatch.setattr(limits, "fastest", lambda action, seconds: action() and 2.0)
+    size = 1 << 20
+    assert limits.read_bandwidth.__wrapped__(size, 2) == size * limits.passes(size) / 2.0
+    parts = limits.reader(size, 2)()
+    assert parts == [sum((1 ^ turn) * (size // 16) for turn in range(limits.passes(size)))] * 2
+    monkeypatch.setattr(limits, "SIDE", 32)
+    monkeypatch.setattr(limits, "fastest", lambda action, seconds: action().shape == (32, 32) and 4.0)
+    assert limits.product_rate.__wrapped__("float32") == limits.product_rate.__wrapped__("bfloat16")
+    assert limits.product_rate.__wrapped__("bfloat16") == limits.PRODUCT / 4.0
+
+
+def test_the_closest_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a share of the wrong limit, and steps of several tokens that pay for the weights once each."""
+    monkeypatch.setattr(limits, "read_bandwidth", lambda size, threads: 1000.0)
+    rates = {"float32": 100.0, "bfloat16": 400.0}
+    assert speed.Speed("", "", 1.0, flops=2.0, products="float32").limit(rates) == (50.0, "float32 products")
+    assert speed.Speed("", "", 1.0, flops=2.0, products="bfloat16").limit(rates)[0] == 200.0
+    reading = speed.Speed("", "", 1.0, 2.0, "float32", step_bytes=100.0, step_tokens=4)
+    assert reading.limit(rates) == (40.0, "reading memory")
+    assert speed.Speed("", "", 1.0, 2.0, "float32", step_bytes=50.0, step_tokens=4).limit(rates)[0] == 50.0
+
+
+# Speeds
+
+
+def test_speaking_over_a_decoder() -> None:
+    """Catches a measurement that runs over the end of the context, or counts one stream's tokens for all."""
+    config = small("gqa", ctx_len=20)
+    decoder = TorchDecoder(randomise(ThinkerLM(config)), slots=8)
+    lines = list(speed.speaking(decoder, "torch", "float32", 0.0))
+    assert [line.what for line in lines] == ["prefill of 20 tokens", "decode, 1 stream", "decode, 8 streams"]
+    assert all(line.rate > 0 for line in lines)
+    assert [line.step_tokens for line in lines] == [1, 1, 8]
+    assert lines[2].step_bytes > lines[1].step_bytes > 4 * costs.matrix_weights(config)
+    seconds = speed.decode(decoder, 8, prompt=10, new=4)
+    assert seconds > 0
+    assert [decoder.length(slot) for slot in range(8)] == [14] * 8
+
+
+def test_random_weights_speak() -> None:
+    """Catches logits that are all alike, of which no sampler's cost can be learned, and tensors that are missing."""
+    config = small("moe", ctx_len=16)
+    model = ThinkerLM(config).eval()
+    weights = speed.random_weights(config)
+    assert weights.keys() == dict(model.named_parameters()).keys()
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()}, strict=False)
+    with torch.inference_mode():
+        logits = model(torch.arange(16)[None])
+    assert 1 < float(logits.std()) < 4
+
+
+def test_practice_is_training() -> None:
+    """Catches a benchmark that leaves out the optimiser, or measures another batch than it says."""
+    config = ThinkerConfig(vocab_size=300, n_layers=1, d_model=32, n_heads=2, d_ff=64, ctx_len=16, dropout=0.0)
+    with repeatable(None):
+        run = speed.practice(config, TrainConfig(steps=9, batch_size=3, precision="float32", compile="off"))
+        assert not run.model.head.weight.any()  # zero at first, and all that moves in a first step
+        seconds = speed.trainer(run)()
+    assert seconds > 0
+    assert run.step == 1
+    assert run.batches.batch(0)[0].shape == (3, 16)
+    assert run.model.head.weight.any()
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> report.Report:
+    """A report on a small model, on a machine without native kernels."""
+
+    def refuse(*arguments: object) -> None:
+        raise native.NativeUnavailable("no kernels here")
+
+    monkeypatch.setattr(native, "open_native", refuse)
+    monkeypatch.setattr(limits, "SIDE", 64)
+    monkeypatch.setattr(limits, "BEYOND", 1 << 20)
+    monkeypatch.setattr(limits, "read_bandwidth", lambda size, threads: 1e9)
+    files = speed.random_model(small("dense", ctx_len=24, vocab_size=300))
+    return report.measure(files, report.QUICK, lambda line: None)
+
+
+def test_report_and_table(measured: report.Report) -> None:
+    """Catches a command that fails without native kernels, JSON that can't be written, and a line that is not shown."""
+    assert [line.what for line in measured.speeds] == [
+        "prefill of 24 tokens",
+        "decode, 1 stream",
+        "decode, 8 streams",
+        "decode, 32 streams",
+        "training step, 8 x 24",
+    ]
+    values = json.loads(json.dumps(measured.to_json()))
+    for line in values["speeds"]:
+        assert line["share"] == line["rate"] / line["limit"]
+    assert values["peak_memory"]["in all"] >= values["peak_memory"]["decoding natively"] > 10e6
+    console = Console(file=io.StringIO(), width=160)
+    command.show(measured, console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "Note: not measured natively: no kernels here" in shown
+    assert all(line.what in shown for line in measured.speeds)
+    assert "Peak memory" in shown
+
+
+def test_large_models_are_not_trained_for_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches `thinker bench` on a large model that never ends."""
+    notes: list[str] = []
+    patience = report.QUICK
+    assert list(report._training(TINY, 1e6, patience, lambda line: None, notes)) == []
+    assert "would take minutes" in notes[0]
+
+
+# Turns
+
+
+class Fake:
+    """A worker that keeps a diary; it dies when its name says so."""
+
+    diary: list[str]
+
+    def __init__(self, contestant: Contestant) -> None:
+        self.name = contestant.name
+        self.turns = 0
+
+    def ready(self) -> dict[str, object]:
+        self.diary.append(f"{self.name} ready")
+        if self.name == "stillborn":
+            raise Died("ended with status 1: no such module")
+        return {"name": self.name}
+
+    def turn(self) -> Turn:
+        self.turns += 1
+        self.diary.append(f"{self.name} {self.turns}")
+        if self.name == "mortal" and self.turns == 3:
+            raise Died("ended with status 9")
+        return Turn(float(self.turns), 0.25)
+
+    def end(self) -> int:
+        if self.name == "restless":
+            raise Died("said nothing for 900 s")
+        return 1000
+
+    def close(self) -> None:
+        self.diary.append(f"{self.name} closed")
+
+
+@pytest.fixture
+def diary(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr(turns, "PAUSE", 0.0)
+    Fake.diary = []
+    return Fake.diary
+
+
+def meet(*names: str, rounds: int = 3, warm_ups: int = 1) -> tuple[Meeting, list[str]]:
+    said: list[str] = []
+    contestants = [Contestant(name, "fake:fake") for name in names]
+    return turns.take_turns(contestants, rounds, warm_ups, said.append, Fake), said  # type: ignore[arg-type]
+
+
+def test_order_alternates(diary: list[str]) -> None:
+    """Catches one contestant that always comes after the same other, and warm-ups that count."""
+    meeting, _ = meet("a", "b", "c")
+    assert diary == [
+        *("a ready", "a 1", "b ready", "b 1", "c ready", "c 1"),  # each prepares and warms up before the next begins
+        *("a 2", "b 2", "c 2", "c 3", "b 3", "a 3", "a 4", "b 4", "c 4"),
+        *("a closed", "b closed", "c closed"),
+    ]
+    assert meeting.results["b"] == Result((2.0, 3.0, 4.0), 1000, {"name": "b"})
+    assert meeting.other_work == 0.25
+
+
+def test_who_dies_is_left_out(diary: list[str]) -> None:
+    """Catches a peer that is not installed, or that runs out of memory, and takes all others' results with it."""
+    meeting, said = meet("stillborn", "steady", "mortal", "restless")
+    assert meeting.results.keys() == {"steady"}
+    assert meeting.left_out == {
+        "stillborn": "ended with status 1: no such module",
+        "mortal": "ended with status 9",
+        "restless": "said nothing for 900 s",
+    }
+    assert [line for line in said if line.startswith("left out")] == [
+        "left out: stillborn ended with status 1: no such module",
+        "left out: mortal ended with status 9",
+        "left out: restless said nothing for 900 s",
+    ]
+    assert sorted(line for line in diary if line.endswith("closed")) == [
+        *("mortal closed", "restless closed", "steady closed", "stillborn closed"),
+    ]
+    assert "steady 4" in diary, "the others went on"
+
+
+def test_nobody_is_left_running(diary: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches processes that outlive Ctrl-C and disturb whatever is measured next."""
+
+    def interrupted(worker: Fake) -> Turn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Fake, "turn", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        meet("a", "b")
+    assert diary == ["a ready", "a closed"]
+
+
+FAKE_CONTESTANT = """
+import sys, time
+from benchmarks.contestants import Ready
+
+def steady(seconds, units=6):
+    print("a library's greeting")
+    def turn():
+        print("and chatter")
+        return seconds
+    return Ready(turn, units, {"answer": 42})
+
+def missing():
+    import nothing_of_that_name
+
+def breaking():
+    def turn():
+        raise MemoryError("two lines\\nof trouble")
+    return Ready(turn, 1)
+
+def sleeping():
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def contestant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "fake_contestant.py").write_text(FAKE_CONTESTANT)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return lambda task, **options: Contestant(task, f"fake_contestant:{task}", options)
+
+
+def test_a_real_worker(contestant) -> None:  # type: ignore[no-untyped-def]
+    """Catches prints of a library taken for answers, and short turns that are not repeated until they count."""
+    worker = turns.Worker(contestant("steady", seconds=0.1))
+    try:
+        assert worker.ready() == {"answer": 42}
+        assert worker.turn(0.05).rate == pytest.approx(60)
+        turn = worker.turn(0.25)
+        assert turn.rate == pytest.approx(60)
+        assert turn.others is None or turn.others >= 0
+        assert worker.end() > 1e6
+    finally:
+        worker.close()
+
+
+def test_last_words_are_one_line(contestant, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """Catches a death without a reason, with a whole traceback, and one that is waited for forever."""
+    said: list[str] = []
+    monkeypatch.setattr(turns, "PAUSE", 0.0)
+    monkeypatch.setattr(turns, "PATIENCE", 20.0)
+    nowhere = Contestant("nowhere", "x:y", python=Path("/nowhere/python"))
+    meeting = turns.take_turns([contestant("missing"), contestant("breaking"), nowhere], 1, 0, said.append)
+    assert not meeting.results
+    assert meeting.left_out["missing"].endswith("ModuleNotFoundError: No module named 'nothing_of_that_name'")
+    assert meeting.left_out["breaking"] == "ended with status 1: of trouble"
+    assert "make -C benchmarks env" in meeting.left_out["nowhere"]
+    assert all("\n" not in line for line in said)
+    monkeypatch.setattr(turns, "PATIENCE", 0.2)
+    worker = turns.Worker(contestant("sleeping"))
+    with pytest.raises(Died, match="said nothing for 0 s"):
+        worker.ready()
+    worker.close()
+
+
+# Results
+
+
+def result(*rates: float) -> Result:
+    return Result(rates, 1_000_000, {"threads": 2})
+
+
+def test_ratio_of_medians_against_the_best() -> None:
+    """Catches a comparison with the wrong peer, of means, or against one that isn't there."""
+    there = {"ours": result(10, 20, 90), "slow": result(4, 5, 6), "good": result(10, 10, 12)}
+    figure = results.ratio(there, "ours", ["slow", "good", "absent"])
+    assert figure is not None
+    assert (figure.value, figure.how) == (2.0, "ours / good")
+    assert (figure.low, figure.high) == (1.5, 4.75)  # quartiles of 1, 2 and 7.5
+    assert results.ratio(there, "ours", ["absent"]) is None
+    assert results.ratio(there, "absent", ["good"]) is None
+    assert results.quartiles([3.0]) == (3.0, 3.0)
+    half = results.scaled(figure, 0.5, "halved")
+    assert half == Figure(1.0, 0.75, 2.375, "halved")
+    assert results.worst([None, figure, half]) == figure
+    assert results.worst([None]) is None
+
+
+@pytest.mark.parametrize(
+    ("target", "value", "met"),
+    [
+        (Target("", 1.5, 2.5), 1.49, "no"),
+        (Target("", 1.5, 2.5), 1.5, "yes"),
+        (Target("", 1.5, 2.5), 2.5, "dream"),
+        (Target("", 1.5, 0.7, "s", at_most=True), 1.6, "no"),
+        (Target("", 1.5, 0.7, "s", at_most=True), 1.5, "yes"),
+        (Target("", 1.5, 0.7, "s", at_most=True), 0.6, "dream"),
+        (Target("", 0.5, None, at_most=True), 0.5, "yes"),
+    ],
+)
+def test_targets(target: Target, value: float, met: str) -> None:
+    """Catches a target taken the wrong way round."""
+    assert target.met(value) == met
+
+
+MACHINE = {"processor": "Some CPU", "cores": 2, "system": "Linux", "python": "3.11"}
+
+
+def match(name: str, figure: Figure | None) -> Match:
+    lines = [Line(Target(f"speed of {name}", 2.0, 3.0), figure)]
+    return Match(name, f"About {name}", "tokens/s", (), lambda results: lines)
+
+
+def test_results_are_written_and_merged(tmp_path: Path) -> None:
+    """Catches a second run of one line that loses the others, or a missing peer that passes for a result."""
+    met = Meeting({"ours": result(1000, 2000, 3000)}, {}, 0.02)
+    alone = Meeting({"ours": result(5)}, {"peer": "ended with status 1"}, None)
+    first, second = match("one", Figure(3.5, 3.0, 4.0, "ours / peer")), match("two", None)
+    results.save(
+        tmp_path, {"one": results.as_json(first, met, MACHINE), "two": results.as_json(second, alone, MACHINE)}
+    )
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "Some CPU, 2 cores, Linux, Python 3.11" in text
+    assert "| speed of one | 3.5 × (3 to 4) | 2 × | 3 × | dream | ours / peer | `one` |" in text
+    assert "| speed of two | – | 2 × | 3 × | not measured |  | `two` |" in text
+    assert "| ours | 2,000 | 1,500 to 2,500 | 1 MB | threads 2 |" in text
+    assert "Left out: peer, ended with status 1." in text
+    assert "other work had 2% of the machine" in text
+
+    again = match("one", Figure(1.0, 1.0, 1.0, "ours / peer"))
+    results.save(tmp_path, {"one": results.as_json(again, met, MACHINE)})
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "| speed of one | 1 × (1 to 1) | 2 × | 3 × | no |" in text
+    assert "About two" in text
+    assert json.loads((tmp_path / "results.json").read_text())["one"]["contestants"]["ours"]["rates"] == [
+        *(1000, 2000, 3000),
+    ]
+
+
+def test_growth_is_drawn(tmp_path: Path) -> None:
+    """Catches a picture that fails when some points are missing, as after a run of a few matches."""
+    growth_of_batch = {name: result(100 * (i + 1)) for i, name in enumerate(("1", "2", growth.PRODUCTS))}
+    context = {"float32 at 16": result(1.0, 2.0), "int8 at 32": result(3.0), growth.READING: result(1e9)}
+    for name, there in (("growth-batch", growth_of_batch), ("growth-context", context)):
+        chosen = next(match for match in growth.MATCHES if match.name == name)
+        results.save(tmp_path, {name: results.as_json(chosen, Meeting(there, {}, None), MACHINE)})
+    growth.draw(tmp_path)
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+    assert "growth.png" in (tmp_path / "RESULTS.md").read_text()
+
+
+# Matches
+
+
+def test_every_line_of_the_table_is_measured_somewhere() -> None:
+    """Catches a line that was forgotten, two matches of one name, and a judge that fails when peers are missing."""
+    assert len({match.name for match in MATCHES}) == len(MATCHES)
+    lines = [line for match in MATCHES for line in match.judge({})]
+    assert all(line.figure is None for line in lines)
+    assert len(lines) == 15 + 1  # the table's lines about speed and memory; the cold start has two numbers
+    assert len({line.target.line for line in lines}) == len(lines)
+    for match in MATCHES:
+        names = [contestant.name for contestant in match.contestants]
+        assert len(set(names)) == len(names)
+
+
+def test_every_judge_finds_its_contestants() -> None:
+    """Catches a line that stays "not measured" because a contestant has another name by now."""
+    for match in MATCHES:
+        about = {"threads": 1, "bytes of keys and values": 4}
+        there = {one.name: Result((1.0, 1.0), 1, about) for one in match.contestants}
+        assert all(line.figure is not None for line in match.judge(there)), match.name
+
+
+def test_tasks_exist() -> None:
+    """Catches a contestant whose function was renamed; peers need not be installed for that."""
+    for contestant in (contestant for match in MATCHES for contestant in match.contestants):
+        module, function = contestant.task.split(":")
+        tree = ast.parse((ROOT / module.replace(".", "/")).with_suffix(".py").read_text())
+        found = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+        signature = found[function].args
+        accepted = {argument.arg for argument in signature.args + signature.kwonlyargs}
+        assert set(contestant.options) <= accepted or signature.kwarg is not None, contestant
+
+
+def test_the_package_knows_nothing_of_benchmarks() -> None:
+    """Catches a product that needs its own comparisons to run."""
+    package = Path(thinker.__file__).parent
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            assert not [name for name in names if name.split(".")[0] == "benchmarks"], path
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_tutorial_code_is_the_same_network(fused: bool) -> None:
+    """Catches a strawman: a baseline that computes something else, or more."""
+    sizes = {"vocab_size": 61, "n_layers": 2, "d_model": 32, "n_heads": 4, "d_ff": 48}
+    ours = randomise(ThinkerLM(ThinkerConfig(**sizes, ctx_len=12, dropout=0.0)))
+    theirs = tutorial.LanguageModel(TrainingShape(**sizes, batch=1, length=12), fused)
+    renamed = {name.replace(".mlp.", "."): value for name, value in ours.named_parameters()}
+    theirs.load_state_dict(renamed, strict=False)
+    assert dict(theirs.named_parameters()).keys() == renamed.keys()
+    tokens = torch.randint(61, (3, 12), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected, found = ours(tokens), theirs(tokens)
+    assert float((expected - found).abs().max()) < 1e-5 * float(expected.abs().max())

@@ -1,0 +1,133 @@
+"""All measurements of `thinker bench`, in the order in which they disturb each other least, and what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, get_args
+
+import numpy as np
+
+from ..config import ThinkerConfig
+from ..formats import ModelFiles
+from ..llm import LLM, NativeType
+from . import costs, limits
+from .speed import ROWS, STREAMS, TRAINED_LENGTH, Speed, speaking, training
+
+Say = Callable[[str], None]
+LONGEST_PROBE = 60.0  # seconds that choosing a precision for training may take
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Seconds for each kind of measurement, and whether to wait for the compiler, which takes about half a minute."""
+
+    limit: float = 1.0
+    speaking: float = 1.0
+    training: float = 5.0
+    compile: bool = True
+
+
+QUICK = Patience(limit=0.2, speaking=0.1, training=0.1, compile=False)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Speeds and the limits they stand beside. Bandwidths in bytes, product rates in operations, both per second."""
+
+    model: str
+    parameters: int
+    machine: dict[str, Any]
+    product_rates: dict[str, float]
+    bandwidths: dict[int, float]  # by how many bytes are read again and again
+    speeds: tuple[Speed, ...]
+    peak_memory: dict[str, int]  # bytes, after decoding natively and at the end
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object, with each speed's limit and share."""
+        lines = []
+        for speed in self.speeds:
+            limit, bound = speed.limit(self.product_rates)
+            lines.append(asdict(speed) | {"limit": limit, "bound": bound, "share": speed.rate / limit})
+        return asdict(self) | {"speeds": lines}
+
+
+def measure(files: ModelFiles, patience: Patience, say: Say) -> Report:
+    """Measure everything about one model; `say` hears what is being done."""
+    notes: list[str] = []
+    say("reading memory")
+    cached = limits.last_level_cache() // 2
+    bandwidths = {size: limits.read_bandwidth(size, limits.cores()) for size in (cached, limits.BEYOND)}
+
+    # Native decoding comes first, in a process without torch, as in `thinker generate`; so its memory is its own.
+    speeds = list(_native(files, patience, say, notes))
+    peak = {"decoding natively": limits.peak_memory()}
+    say("loading torch")
+    llm = LLM(files, "torch", "float32", max(STREAMS), notes.append)
+    decoder = llm.decoder
+    say("decoding in torch")
+    speeds += speaking(decoder, "torch, float32", "float32", patience.speaking)
+    del llm, decoder
+    say("multiplying matrices")
+    rates = {dtype: limits.product_rate(dtype, patience.limit) for dtype in ("float32", "bfloat16")}
+    speeds += _training(files.config, rates["float32"], patience, say, notes)
+    peak["in all"] = limits.peak_memory()
+    return Report(
+        str(files.path),
+        files.config.parameter_count(),
+        _machine(),
+        rates,
+        bandwidths,
+        tuple(speeds),
+        peak,
+        tuple(notes),
+    )
+
+
+def _native(files: ModelFiles, patience: Patience, say: Say, notes: list[str]) -> Iterator[Speed]:
+    from ..decode.native import NativeUnavailable, open_native
+
+    for dtype in get_args(NativeType):
+        say(f"decoding natively, {dtype}")
+        try:
+            decoder = open_native(files, max(STREAMS), dtype)
+        except NativeUnavailable as error:
+            notes.append(f"not measured natively: {error}")
+            return
+        how = f"native, {dtype}, {decoder.threads} thread{'s' if decoder.threads > 1 else ''}"
+        yield from speaking(decoder, how, dtype, patience.speaking)
+
+
+def _training(config: ThinkerConfig, rate: float, patience: Patience, say: Say, notes: list[str]) -> Iterator[Speed]:
+    import torch
+
+    from ..train.decide import repeatable
+
+    # Two steps of a row in each precision, at a quarter of the product rate at worst.
+    length = min(TRAINED_LENGTH, config.ctx_len)
+    probe = 4 * length * costs.training_flops(config, length) / (rate / 4)
+    if probe > LONGEST_PROBE:
+        notes.append(f"no training steps: a batch of {ROWS} x {length} would take minutes here")
+        return
+    with repeatable(None):
+        for compiled in (False, True) if patience.compile else (False,):
+            say("compiling a training step, about half a minute" if compiled else "training steps")
+            try:
+                yield training(config, compiled, patience.training)
+            except ValueError as error:
+                notes.append(str(error))
+    torch.compiler.reset()
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+
+    from ..train.decide import versions
+
+    return versions() | {
+        "processor": limits.processor(),
+        "cores": limits.cores(),
+        "torch_threads": torch.get_num_threads(),
+        "numpy": np.__version__,
+    }
