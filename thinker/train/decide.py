@@ -44,6 +44,7 @@ class Decisions:
     seconds_per_step: float  # as probed, before compiling
     reasons: tuple[str, ...]
     versions: dict[str, str]
+    split: int = 1  # parts that each of the batches is taken in; doubled when memory runs out
 
     def autocast(self) -> torch.autocast:
         """The context in which the forward runs."""

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..loss import IGNORE, LossParts
 from .decide import dropout_seed
+from .memory import ran_out_of_memory
 from .optim import rate, set_rate
 from .run import Run
 
@@ -49,6 +50,9 @@ class Watcher(Protocol):
 
     def compiling(self, run: Run) -> None:
         """Called before the step is compiled, which takes about half a minute."""
+
+    def out_of_memory(self, run: Run) -> None:
+        """Called when a batch was too large and has been halved."""
 
     def after_step(self, run: Run, report: StepReport) -> None:
         """Called after every step."""
@@ -103,7 +107,7 @@ def fit(run: Run, watcher: Watcher) -> int | None:
         while (progress := run.progress()) < 1 and interruption.signal is None:
             start = time.perf_counter()
             share = rate(progress, schedule=settings.schedule, warmup=settings.warmup)
-            loss, balance, norm = take_step(run, step_module, share)
+            loss, balance, norm = take_step(run, step_module, share, watcher.out_of_memory)
             elapsed = time.perf_counter() - start
             run.step += 1
             run.seconds += elapsed
@@ -134,22 +138,22 @@ def warm_up(run: Run, module: Callable[..., LossParts]) -> None:
     run.module.zero_grad(set_to_none=True)
 
 
-def take_step(run: Run, module: Callable[..., LossParts], share: float) -> tuple[float, float, float]:
-    """One update at this share of the peak rates: loss per token, balance loss, norm of the gradient."""
-    settings, device = run.settings, run.decisions.device
+def take_step(
+    run: Run, module: Callable[..., LossParts], share: float, halved: Callable[[Run], None] = lambda run: None
+) -> tuple[float, float, float]:
+    """One update at this share of the peak rates: loss per token, balance loss, norm of the gradient.
+
+    Where memory runs out in the forward or backward, half the rows go at once from there on, and `halved` is told.
+    """
+    settings = run.settings
     batch = run.batches.batch(run.step)  # inputs, targets, and segments where rows are packed
     counted = int((batch[1] != IGNORE).sum())
-    total = balance = torch.zeros((), device=device)
-    micro_batches = zip(*(_split(rows, run) for rows in batch), strict=True)
-    for micro, rows in enumerate(micro_batches):
-        torch.manual_seed(dropout_seed(settings.seed, run.step, micro))
-        with run.decisions.autocast():
-            parts = module(*rows)
-        # Sums over the step's tokens, so that ragged micro-batches weigh as one batch would.
-        objective = (parts.total + run.config.balance_loss * parts.balance * parts.tokens) / counted
-        run.scaler.scale(objective).backward()
-        total = total + parts.total.detach()
-        balance = balance + parts.balance.detach() * parts.tokens
+    while (sums := _try_gradients(run, module, batch, counted)) is None:
+        run.halve()
+        halved(run)
+        if run.decisions.compile:
+            torch.compiler.reset()  # A process that resumes compiles for the new shape alone, and so must this one.
+    total, balance = sums
     loss = float(total) / counted
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
@@ -169,6 +173,40 @@ def take_step(run: Run, module: Callable[..., LossParts], share: float) -> tuple
     return loss, float(balance) / counted, norm
 
 
+def _try_gradients(
+    run: Run, module: Callable[..., LossParts], batch: tuple[np.ndarray, ...], counted: int
+) -> tuple[Tensor, Tensor] | None:
+    """As `gradients`; None, and no gradients, when there isn't memory enough."""
+    try:
+        return gradients(run, module, batch, counted)
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out_of_memory(error):
+            raise
+    # Out here the error is gone, and with it its frames, which hold the activations.
+    run.module.zero_grad(set_to_none=True)
+    if torch.device(run.decisions.device).type == "cuda":
+        torch.cuda.empty_cache()
+    return None
+
+
+def gradients(
+    run: Run, module: Callable[..., LossParts], batch: tuple[np.ndarray, ...], counted: int
+) -> tuple[Tensor, Tensor]:
+    """Forward and backward of every micro-batch: the sums of the losses and of the balance losses, times tokens."""
+    total = balance = torch.zeros((), device=run.decisions.device)
+    micro_batches = zip(*(_split(rows, run) for rows in batch), strict=True)
+    for micro, rows in enumerate(micro_batches):
+        torch.manual_seed(dropout_seed(run.settings.seed, run.step, micro))
+        with run.decisions.autocast():
+            parts = module(*rows)
+        # Sums over the step's tokens, so that ragged micro-batches weigh as one batch would.
+        objective = (parts.total + run.config.balance_loss * parts.balance * parts.tokens) / counted
+        run.scaler.scale(objective).backward()
+        total = total + parts.total.detach()
+        balance = balance + parts.balance.detach() * parts.tokens
+    return total, balance
+
+
 def _split(rows: np.ndarray, run: Run) -> Iterator[Tensor]:
-    for part in np.split(rows, run.settings.accumulate):
+    for part in np.array_split(rows, run.micro_batches):
         yield torch.from_numpy(part).to(run.decisions.device)

@@ -67,6 +67,15 @@ class Reporter:
         """Say what the bar is waiting for."""
         self.bar.update(self.task, description="compiling the training step")
 
+    def out_of_memory(self, run: Run) -> None:
+        """Say that the batch was halved, and what stays."""
+        rows = run.settings.batch_size * run.settings.accumulate
+        self.console.print(
+            f"out of memory at step {run.step + 1:,}: going on with {run.rows_at_once} rows at once, "
+            f"{run.micro_batches} times a step; its {rows} rows and {run.batches.tokens_per_batch:,} tokens stay",
+            soft_wrap=True,
+        )
+
     def after_step(self, run: Run, report: StepReport) -> None:
         """Record a step and move the bar."""
         speed = report.tokens / report.seconds

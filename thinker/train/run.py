@@ -7,7 +7,7 @@ made from it. The steps themselves are in `train/loop.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +72,31 @@ class Run:
         """The share of the run that is done, which the schedule follows: steps or, with minutes, time."""
         steps, seconds = self.settings.limit
         return self.step / steps if steps is not None else self.seconds / (seconds or 1)
+
+    @property
+    def micro_batches(self) -> int:
+        """How many parts a step's rows go through the model in: the settings' batches, split as memory asked for."""
+        return self.settings.accumulate * self.decisions.split
+
+    @property
+    def rows_at_once(self) -> int:
+        """The rows of the largest micro-batch."""
+        return -(-self.settings.batch_size * self.settings.accumulate // self.micro_batches)
+
+    def halve(self) -> None:
+        """From here on half the rows at once and twice the micro-batches; the step's rows stay. Recorded on saving.
+
+        Raises `ValueError` when there is only one row left to halve.
+        """
+        if self.rows_at_once == 1:
+            raise ValueError(
+                f"out of memory at step {self.step + 1} with 1 row of ctx_len {self.config.ctx_len} at once: try "
+                "--checkpoint-activations, a smaller --ctx-len, --d-model or --n-layers, or free memory"
+            )
+        split = min(2 * self.decisions.split, self.settings.batch_size)
+        self.decisions = replace(self.decisions, split=split)
+        reason = f"{self.rows_at_once} rows at once from step {self.step + 1} on: the memory was not enough for more"
+        self.decisions = replace(self.decisions, reasons=(*self.decisions.reasons, reason))
 
     def save(self) -> None:
         """Write the exact state, then publish from it."""
