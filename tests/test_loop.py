@@ -33,6 +33,9 @@ class Silent:
     def compiling(self, run):
         pass
 
+    def out_of_memory(self, run):
+        pass
+
     def after_step(self, run, report):
         self.losses.append(report.loss)
 
