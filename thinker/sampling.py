@@ -23,7 +23,8 @@ TEMPERATURE, TOP_K, TOP_P, MIN_P, PENALTY, TEMPERATURE_LAST = range(6)
 # Columns of the table of keys: what one draw's random number depends on.
 SEED, REQUEST, INDEX = range(3)
 ONE = 1 << 30  # the weight of the likeliest candidate
-BLOCK = 64  # candidates summed at once when a draw is located
+LOWEST = -(1 << 31)  # the rank of what can't be drawn
+BLOCK = 64  # candidates looked through at once
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,7 @@ class Draws:
     def draw(self, slots: ArrayLike, logits: np.ndarray) -> np.ndarray:
         """The next token of each slot for float32 logits (n, V): int64 (n,). Raises `ValueError` if none is finite."""
         slots = np.asarray(slots, np.int64)
-        logits = np.require(
-            logits, np.float32, ["C", "W"]
-        )  # one signature: a read-only array would compile a second one
+        logits = np.require(logits, np.float32, ["C", "W"])  # one signature: a read-only array would compile another
         if logits.shape != (slots.size, self.seen.shape[1]):
             raise ValueError(f"logits have shape {logits.shape}: expected {(slots.size, self.seen.shape[1])}")
         tokens = np.empty(slots.size, np.int64)
@@ -124,13 +123,14 @@ def draw_one(logits, settings, key, seen, order, weights, scores):  # type: igno
     The last three are work space (V,): int32, int32, float32.
     """
     largest = rank(logits, np.float32(settings[PENALTY]), seen, scores, order)
-    token = np.int64(-1)
-    if largest != -(1 << 31):
+    token = -1
+    if largest != LOWEST:
         if settings[TEMPERATURE] == 0:
             token = first_equal(order, largest)
         else:
-            truncate(scores, order, weights, largest, settings)
-            token = pick(weights, random_bits(key[SEED], key[REQUEST], key[INDEX]))
+            least = truncate(scores, order, weights, largest, settings)
+            token = pick(weights, least, random_bits(key[SEED], key[REQUEST], key[INDEX]))
+    if token >= 0:
         seen[token] = 1
     key[INDEX] += np.uint64(1)
     return token
@@ -140,28 +140,41 @@ def draw_one(logits, settings, key, seen, order, weights, scores):  # type: igno
 def rank(logits, penalty, seen, scores, order):  # type: ignore[no-untyped-def]
     """Penalised scores, and whole numbers in the same order, so that comparing needs no care; the largest of these.
 
-    The bits of a positive float grow with it, those of a negative one shrink; flipping the latter puts all in order.
     -inf and NaN get the lowest number there is: they are never drawn.
     """
-    zero = np.float32(0)
+    zero, one = np.float32(0), np.float32(1)
     for i in range(logits.shape[0]):
-        score = logits[i] + zero  # -0 becomes 0, its equal
-        if seen[i]:
-            score = score * penalty if score < zero else score / penalty
-        scores[i] = score
-    largest = -(1 << 31)
+        scores[i] = logits[i] + zero  # -0 becomes 0, its equal
+    if penalty != one:
+        for i in range(logits.shape[0]):
+            if seen[i]:
+                scores[i] = scores[i] * penalty if scores[i] < zero else scores[i] / penalty
+    largest = np.int32(LOWEST)
     for i in range(logits.shape[0]):
-        finite = scores[i] > np.float32(-np.inf)
-        bits = np.float32(scores[i]).view(np.int32)
-        ordered = np.int32(bits ^ ((bits >> 31) & 0x7FFFFFFF))
-        order[i] = ordered if finite else np.int32(-(1 << 31))
+        ordered = flip(np.float32(scores[i]).view(np.int32))
+        order[i] = ordered if scores[i] > np.float32(-np.inf) else np.int32(LOWEST)
         largest = max(largest, order[i])
     return largest
 
 
 @njit(error_model="numpy")
+def flip(bits):  # type: ignore[no-untyped-def]
+    """A float's bits as a whole number in the floats' order, and back: bits of negative floats fall as these grow."""
+    return np.int32(bits ^ ((bits >> 31) & 0x7FFFFFFF))
+
+
+@njit(error_model="numpy")
 def first_equal(order, value):  # type: ignore[no-untyped-def]
-    for i in range(order.shape[0]):
+    """The lowest id of those that have the value, -1 if none has."""
+    start = 0
+    while start + BLOCK < order.shape[0]:
+        found = False
+        for i in range(start, start + BLOCK):
+            found |= order[i] == value
+        if found:
+            break
+        start += BLOCK
+    for i in range(start, order.shape[0]):
         if order[i] == value:
             return i
     return -1
@@ -169,29 +182,25 @@ def first_equal(order, value):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def truncate(scores, order, weights, largest, settings):  # type: ignore[no-untyped-def]
-    """Weights of the candidates that top-k, top-p and min-p leave; 0 for the others."""
-    top = np.float32(-np.inf)
-    for i in range(scores.shape[0]):
-        if order[i] == largest:
-            top = scores[i]
-            break
+    """Weigh the candidates; top-k, top-p and min-p leave those that weigh at least what this returns."""
+    top = np.int32(flip(largest)).view(np.float32)
     last = settings[TEMPERATURE_LAST] != 0
     temperature = np.float32(max(settings[TEMPERATURE], 1e-30))
     weigh(scores, top, np.float32(1) if last else temperature, weights)
+    least = np.int64(1)
     if 0 < settings[TOP_K] < scores.shape[0]:
-        least = kth_largest(order, largest, np.int64(settings[TOP_K]))
+        among = np.int32(kth_largest(order, largest, np.int64(settings[TOP_K])))
         for i in range(scores.shape[0]):
-            weights[i] = weights[i] if order[i] >= least else 0
+            weights[i] = weights[i] if order[i] >= among else np.int32(0)
     if settings[TOP_P] < 1:
-        keep_mass(weights, settings[TOP_P])
-    if settings[MIN_P] > 0:
-        least = np.int64(math.ceil(settings[MIN_P] * ONE))
-        for i in range(scores.shape[0]):
-            weights[i] = weights[i] if weights[i] >= least else 0
+        least = least_in_mass(weights, settings[TOP_P])
+    least = max(least, np.int64(math.ceil(settings[MIN_P] * ONE)))
     if last:
         for i in range(scores.shape[0]):
-            scores[i] = scores[i] if weights[i] > 0 else np.float32(-np.inf)
+            scores[i] = scores[i] if weights[i] >= least else np.float32(-np.inf)
         weigh(scores, top, temperature, weights)
+        least = np.int64(1)
+    return least
 
 
 @njit(error_model="numpy")
@@ -218,7 +227,7 @@ def weigh(scores, top, temperature, weights):  # type: ignore[no-untyped-def]
 @njit(error_model="numpy")
 def kth_largest(order, largest, k):  # type: ignore[no-untyped-def]
     """A number that exactly k candidates reach, or the k-th largest itself if others equal it; by bisection."""
-    low, high = np.int64(-(1 << 31)), np.int64(largest) + 1  # at least k reach `low`, fewer reach `high`
+    low, high = np.int64(LOWEST), np.int64(largest) + 1  # at least k reach `low`, fewer reach `high`
     while high - low > 1:
         middle = np.int32((low + high) >> 1)
         count = np.int32(0)
@@ -234,8 +243,11 @@ def kth_largest(order, largest, k):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
-def keep_mass(weights, share):  # type: ignore[no-untyped-def]
-    """Keep the fewest largest weights that reach a share of the sum (arXiv 1904.09751); the others become 0."""
+def least_in_mass(weights, share):  # type: ignore[no-untyped-def]
+    """From which weight on the fewest largest candidates reach a share of the sum (arXiv 1904.09751).
+
+    Equals at the border beyond those that are needed get weight 0.
+    """
     low, high = np.int64(1), np.int64(ONE + 1)
     enough, less = mass_from(weights, low), np.int64(0)  # the sums from `low` and from `high` on
     wanted = min(max(np.int64(math.ceil(share * enough)), 1), enough)
@@ -247,29 +259,29 @@ def keep_mass(weights, share):  # type: ignore[no-untyped-def]
             low, enough = middle, mass
         else:
             high, less = middle, mass
-    needed = -((less - wanted) // low)  # of equals at the border
-    for i in range(weights.shape[0]):
-        if low <= weights[i] < high:
-            needed -= 1
-            if needed < 0:
-                weights[i] = 0
-        elif weights[i] < low:
-            weights[i] = 0
+    needed = -((less - wanted) // low)
+    if enough - less >= (needed + 1) * low:
+        for i in range(weights.shape[0]):
+            if weights[i] == low:
+                needed -= 1
+                if needed < 0:
+                    weights[i] = 0
+    return low
 
 
 @njit(error_model="numpy")
 def mass_from(weights, least):  # type: ignore[no-untyped-def]
     """The sum of the weights that are at least `least`."""
-    mass = np.int64(0)
+    mass, least = np.int64(0), np.int32(least)
     for i in range(weights.shape[0]):
-        mass += weights[i] if weights[i] >= np.int32(least) else np.int32(0)
+        mass += weights[i] if weights[i] >= least else np.int32(0)
     return mass
 
 
 @njit(error_model="numpy")
-def pick(weights, bits):  # type: ignore[no-untyped-def]
+def pick(weights, least, bits):  # type: ignore[no-untyped-def]
     """The candidate at which the running sum of the weights passes a uniform random part of their total."""
-    total = mass_from(weights, 1)
+    total = mass_from(weights, least)
     # The upper half of the product bits * total, each split into halves of 32 bits: total < 2^62.
     mask, half = np.uint64(0xFFFFFFFF), np.uint64(32)
     mass = np.uint64(total)
@@ -277,17 +289,17 @@ def pick(weights, bits):  # type: ignore[no-untyped-def]
     middle = (bits >> half) * (mass & mask) + (low >> half)
     cross = (bits & mask) * (mass >> half) + (middle & mask)
     target = np.int64((bits >> half) * (mass >> half) + (middle >> half) + (cross >> half))  # 0 <= target < total
-    start, passed = 0, np.int64(0)
+    start, passed, least = 0, np.int64(0), np.int32(least)
     while start + BLOCK < weights.shape[0]:
         block = np.int64(0)
         for i in range(start, start + BLOCK):
-            block += weights[i]
+            block += weights[i] if weights[i] >= least else np.int32(0)
         if passed + block > target:
             break
         passed += block
         start += BLOCK
     for i in range(start, weights.shape[0]):
-        passed += weights[i]
+        passed += weights[i] if weights[i] >= least else np.int32(0)
         if passed > target:
             return i
     return -1

@@ -47,7 +47,6 @@ def product(dtype: str, onednn: bool = False) -> Callable[[], object]:
     return torch.inference_mode()(lambda: F.linear(a, b))
 
 
-@cache
 def product_rate(dtype: str, seconds: float = 1.0) -> float:
     """Operations per second at best. In float32 torch's usual library and oneDNN both have a try."""
     import torch
@@ -72,7 +71,7 @@ def passes(size: int) -> int:
 
 
 @cache
-def read_bandwidth(size: int, threads: int, seconds: float = 0.3) -> float:
+def read_bandwidth(size: int, threads: int, seconds: float = 0.5) -> float:
     """Bytes per second at best in reading the same `size` bytes again and again."""
     return size * passes(size) / fastest(reader(size, threads), seconds)
 

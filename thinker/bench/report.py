@@ -54,31 +54,32 @@ class Report:
 
 
 def measure(files: ModelFiles, patience: Patience, say: Say) -> Report:
-    """Measure everything about one model; `say` hears what is being done."""
+    """Measure everything about one model on the processor; `say` hears what is being done."""
     notes: list[str] = []
-    say("reading memory")
-    cached = limits.last_level_cache() // 2
-    bandwidths = {size: limits.read_bandwidth(size, limits.cores()) for size in (cached, limits.BEYOND)}
-
     # Native decoding comes first, in a process without torch, as in `thinker generate`; so its memory is its own.
     speeds = list(_native(files, patience, say, notes))
     peak = {"decoding natively": limits.peak_memory()}
     say("loading torch")
-    llm = LLM(files, "torch", "float32", max(STREAMS), notes.append)
-    decoder = llm.decoder
+    from ..decode.torch_decoder import TorchDecoder
+
+    decoder = TorchDecoder(LLM(files, "torch", "float32", 1, notes.append).model.to("cpu"), max(STREAMS))
     say("decoding in torch")
-    speeds += speaking(decoder, "torch, float32", "float32", patience.speaking)
-    del llm, decoder
-    say("multiplying matrices")
-    rates = {dtype: limits.product_rate(dtype, patience.limit) for dtype in ("float32", "bfloat16")}
+    speeds += speaking(decoder, "torch float32", "float32", patience.speaking)
+    del decoder
+    rates = _product_rates(patience, say)
     speeds += _training(files.config, rates["float32"], patience, say, notes)
+    # Once more, since whatever else ran in that moment must not pass for the machine's limit.
+    again = _product_rates(patience, say)
+    rates = {dtype: max(rate, again[dtype]) for dtype, rate in rates.items()}
     peak["in all"] = limits.peak_memory()
+    say("reading memory")
+    sizes = (limits.last_level_cache() // 2, limits.BEYOND)
     return Report(
         str(files.path),
         files.config.parameter_count(),
         _machine(),
         rates,
-        bandwidths,
+        {size: limits.read_bandwidth(size, limits.cores()) for size in sizes},
         tuple(speeds),
         peak,
         tuple(notes),
@@ -95,8 +96,13 @@ def _native(files: ModelFiles, patience: Patience, say: Say, notes: list[str]) -
         except NativeUnavailable as error:
             notes.append(f"not measured natively: {error}")
             return
-        how = f"native, {dtype}, {decoder.threads} thread{'s' if decoder.threads > 1 else ''}"
-        yield from speaking(decoder, how, dtype, patience.speaking)
+        notes.append(f"native {dtype} runs with {decoder.threads} thread{'s' if decoder.threads > 1 else ''} here")
+        yield from speaking(decoder, f"native {dtype}", dtype, patience.speaking)
+
+
+def _product_rates(patience: Patience, say: Say) -> dict[str, float]:
+    say("multiplying matrices")
+    return {dtype: limits.product_rate(dtype, patience.limit) for dtype in ("float32", "bfloat16")}
 
 
 def _training(config: ThinkerConfig, rate: float, patience: Patience, say: Say, notes: list[str]) -> Iterator[Speed]:

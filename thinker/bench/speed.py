@@ -47,12 +47,12 @@ class Speed:
     step_tokens: int = 1
 
     def limit(self, product_rates: dict[str, float]) -> tuple[float, str]:
-        """Tokens per second that the machine's limits would allow, and which of them is the closest."""
-        allowed = {f"{self.products} products": product_rates[self.products] / self.flops}
+        """Tokens per second that the machine's limits would allow, and the closest: memory, or products in a type."""
+        allowed: dict[str, float] = {self.products: product_rates[self.products] / self.flops}
         if self.step_bytes:
             # Measured on so many bytes, as these may or may not fit into a cache.
             bandwidth = limits.read_bandwidth(round(self.step_bytes), limits.cores())
-            allowed["reading memory"] = bandwidth / self.step_bytes * self.step_tokens
+            allowed["memory"] = bandwidth / self.step_bytes * self.step_tokens
         bound = min(allowed, key=lambda name: allowed[name])
         return allowed[bound], bound
 
@@ -91,7 +91,7 @@ def speaking(decoder: Decoder, how: str, dtype: str, seconds: float) -> Iterator
     length = min(PREFILL, config.ctx_len)
     flops = costs.prefill_flops(config, length) / length
     rate = length / typical(partial(prefill, decoder, length), seconds)
-    yield Speed(f"prefill of {length} tokens", how, rate, flops, "float32")
+    yield Speed(f"prefill, {length} tokens", how, rate, flops, "float32")
     for streams in (count for count in STREAMS if count <= decoder.slots):
         start = min(PROMPT, config.ctx_len // 2)
         new = min(NEW, config.ctx_len - start)
@@ -184,10 +184,10 @@ def training(config: ThinkerConfig, compiled: bool, seconds: float) -> Speed:
     from ..train.config import TrainConfig
 
     config = config.changed(dropout=0.0, ctx_len=min(TRAINED_LENGTH, config.ctx_len))
-    chosen = {"steps": 1000, "batch_size": ROWS, "compile": "on" if compiled else "off"}
+    chosen = {"steps": 1000, "batch_size": ROWS, "device": "cpu", "compile": "on" if compiled else "off"}
     run = practice(config, TrainConfig.model_validate(chosen))
     rate = ROWS * config.ctx_len / typical(trainer(run), seconds)
-    how = f"{run.decisions.precision}, {'compiled' if compiled else 'eager'}"
+    how = f"{run.decisions.precision} {'compiled' if compiled else 'eager'}"
     products: Literal["float32", "bfloat16"] = "float32" if run.decisions.precision == "float32" else "bfloat16"
     flops = costs.training_flops(config, config.ctx_len)
-    return Speed(f"training step, {ROWS} x {config.ctx_len}", how, rate, flops, products)
+    return Speed(f"training, {ROWS} x {config.ctx_len}", how, rate, flops, products)

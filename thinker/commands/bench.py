@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -54,9 +55,9 @@ def show(report: Report, console: Console) -> None:
         soft_wrap=True,
         markup=False,
     )
-    table = Table()
+    table = Table(box=SIMPLE, show_edge=False, pad_edge=False)
     for name in ("", "computed by", "tokens/s", "at best", "bound by", "reached"):
-        table.add_column(name, justify="right" if name in ("tokens/s", "at best", "reached") else "left")
+        table.add_column(name, justify="right" if name in ("tokens/s", "at best", "reached") else "left", no_wrap=True)
     for speed in report.speeds:
         limit, bound = speed.limit(report.product_rates)
         table.add_row(speed.what, speed.how, f"{speed.rate:,.0f}", f"{limit:,.0f}", bound, f"{speed.rate / limit:.0%}")

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import product as product_of
 from typing import Literal
 
 import numpy as np
@@ -20,10 +21,13 @@ from numpy.typing import ArrayLike
 
 from ...sampling import Draws, check_drawn
 from ..decoder import Decoder, Weights, check_embeddings, check_room, check_slots, check_tokens
-from .layout import QUERIES, ROWS, aligned, lay_out, sparse
+from .layout import CHUNK, QUERIES, ROWS, aligned, lay_out, sparse
+from .pace import Pace, fastest
 from .packing import Packed
 from .product import product
 from .team import JOB, Team
+
+BURST = 32  # tokens of one compiled call
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class NativeDecoder(Decoder):
         self._work, self._plan = aligned(sizes.work, np.float32), aligned(sizes.plan, np.int64)
         self._rows = np.zeros((3, ROWS), np.int64)
         self._row_slots, self._row_places, self._row_tokens = self._rows
-        self._drawn = np.zeros(max(ROWS, files.config.ctx_len), np.int64)
+        self._drawn = np.zeros(max(ROWS, BURST), np.int64)
         self._shape, self._jobs = shape, np.zeros(1, JOB)
         self._job = self._jobs[0]
         self._draws: Draws | None = None
@@ -72,7 +76,10 @@ class NativeDecoder(Decoder):
         self._lengths = [0] * slots
         self._point()
         self._team = Team(shape, self._jobs, most)
-        self.threads = threads or self._fastest(most)
+        self._pace: Pace | None = None
+        self.threads = threads or self._settle(most)
+        if threads is None:
+            self._pace = Pace(self.threads)
 
     def length(self, slot: int) -> int:
         """The number of tokens that the slot holds."""
@@ -144,7 +151,7 @@ class NativeDecoder(Decoder):
         return check_drawn(self._drawn[:n].copy())
 
     def run(self, slot: int, token: int, draws: Draws, count: int, stop: Collection[int] = ()) -> list[int]:
-        """Up to `count` tokens in one compiled call."""
+        """Up to `count` tokens in few compiled calls, between which Ctrl-C is heard."""
         check_room(self.config, self.length(slot), count)
         if count < 1:
             return []
@@ -153,10 +160,12 @@ class NativeDecoder(Decoder):
         if list(stop) != self._stop.tolist():
             self._stop = np.array(list(stop), np.int64)
             self._job["stop"], self._job["stops"] = self._stop.ctypes.data, self._stop.size
-        self._do(1, draw=1, turns=count)
-        done = int(self._job["done"])
-        self._lengths[slot] += done
-        drawn: list[int] = check_drawn(self._drawn[:done]).tolist()
+        drawn: list[int] = []
+        while len(drawn) < count and (not drawn or drawn[-1] not in stop):
+            self._do(1, draw=1, turns=min(BURST, count - len(drawn)))
+            done = int(self._job["done"])
+            self._lengths[slot] += done
+            drawn += check_drawn(self._drawn[:done]).tolist()
         return drawn
 
     def trace(self, tokens: ArrayLike, slot: int = 0) -> NativeTrace:
@@ -237,7 +246,7 @@ class NativeDecoder(Decoder):
                 f"{self.slots} and {self.config.vocab_size}"
             )
         self._draws = draws  # and keep its arrays alive
-        for name in ("settings", "keys", "seen", "scratch"):
+        for name in ("settings", "keys", "seen"):
             self._job[name] = getattr(draws, name).ctypes.data
 
     def _do(
@@ -253,23 +262,27 @@ class NativeDecoder(Decoder):
         """One job for the team."""
         job = self._job
         job["rows"], job["together"], job["logits_from"], job["embedded"] = rows, together, logits_from, embedded
-        job["draw"], job["turns"], job["threads"] = draw, turns, self.threads
+        job["draw"], job["turns"] = draw, turns
+        if self._pace is None or together > 1:
+            job["threads"] = self.threads
+            self._team.do()
+            return
+        job["threads"] = threads = self._pace.begin(turns)
+        start = time.perf_counter()
         self._team.do()
+        self._pace.end(threads, rows, (time.perf_counter() - start) / (int(job["done"]) if draw else 1))
 
-    def _fastest(self, most: int) -> int:
-        """The number of threads that makes a token fastest: 1, 2, 4 and so on are tried."""
+    def _settle(self, most: int) -> int:
+        """Measure how many threads, and how many panels abreast, make a token fastest: the number of threads."""
+
+        def one_token(choice: tuple[int, int]) -> None:
+            self.threads, self._shape["abreast"] = choice
+            self._do(1)
+
+        counts = [count for count in (1, 2, 4, 8) if count < most] + [most]
         self._place([0], [0])
-        best, fastest = 1, np.inf
-        candidates = [count for count in (1, 2, 4, 8, 16) if count < most] + [most]
-        for self.threads in candidates:
-            taken = np.inf
-            for _ in range(4):
-                start = time.perf_counter()
-                self._do(1)
-                taken = min(taken, time.perf_counter() - start)
-            if taken < 0.95 * fastest:
-                best, fastest = self.threads, taken
-        return best
+        threads, self._shape["abreast"] = fastest(product_of(counts, (CHUNK, 1)), one_token)
+        return threads
 
 
 def processors() -> int:

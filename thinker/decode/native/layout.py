@@ -31,7 +31,7 @@ _ADDRESSES = "product weights scales floats keys values x q y hidden logits own 
 _PLACES = """at_layers step_layer at_out at_up step_up at_down step_down at_embedding at_head
     at_cos at_sin at_norm at_layer_floats step_layer_floats at_norm2 at_q_norm at_k_norm at_router
     step_slot step_layer_cache step_head_cache
-    step_own at_gathered at_shares at_tile at_scores step_plan at_source at_pair at_first"""
+    step_own at_gathered at_shares at_tile at_scores at_draw step_plan at_source at_pair at_first"""
 SHAPE = np.dtype(
     [(name, np.int64) for name in (_COUNTS + " " + _ADDRESSES + " " + _PLACES).split()]
     + [("eps", np.float32), ("scale", np.float32)]
@@ -155,6 +155,7 @@ def lay_out(config: ThinkerConfig, quantised: bool, threads: int) -> tuple[np.nd
     widest = max(K * CHUNK * PANEL, head_width, panels(E) * PANEL)
     s["at_tile"] = own.take(max(ROWS * widest, together * head_width))
     s["at_scores"] = own.take(together * int(s["capacity"]))
+    s["at_draw"] = own.take(3 * vocab_width)
     s["step_own"], s["own"] = own.size, work.take(threads * own.size)
     plan = Places()
     s["at_source"], s["at_pair"], s["at_first"] = plan.take(ROWS * K), plan.take(ROWS * K), plan.take(E + 1)

@@ -3,7 +3,7 @@
 Numba's loops can't keep a block of sums in registers, so these inner loops are emitted directly: sixteen outputs are
 the lanes of a vector, and each lane adds its inputs from the first to the last with fused multiply-adds. What one
 output is made of never depends on how many rows or panels a call covers, so neither do its bits. LLVM splits the
-vectors on processors with narrower registers. Everything around these loops is ordinary Numba and lives in the other kernels.
+vectors on processors with narrower registers. Everything around these loops is ordinary Numba, in the other kernels.
 """
 
 # R rows, P panels, k inputs; a panel is PANEL outputs side by side: (k, PANEL), and (k / BLOCK, PANEL) for its scales
@@ -216,7 +216,7 @@ def product(x, x_at, x_step, rows, w, w_at, w_step, panels, abreast, quantised, 
 
 
 @intrinsic
-def call(
+def call(  # type: ignore[no-untyped-def]
     typing,
     address,
     x,
@@ -234,7 +234,7 @@ def call(
     out,
     out_at,
     out_step,
-):  # type: ignore[no-untyped-def]
+):
     """Call `product` at its address."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]

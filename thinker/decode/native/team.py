@@ -18,18 +18,8 @@ import numpy as np
 from numba import njit
 
 from ...sampling import draw_one
-from .atomics import (
-    PATIENCE,
-    STRIDE,
-    barrier,
-    enter_python,
-    exchange,
-    give_way,
-    leave_python,
-    load,
-    pause,
-    store,
-)
+from .atomics import PATIENCE, STRIDE, barrier, enter_python, exchange, give_way, leave_python, load, pause, store
+from .attention import share
 from .compiling import cached
 from .forward import JOB_FIELDS, embed, forward
 from .layout import SHAPE
@@ -45,7 +35,7 @@ JOB = np.dtype(
     [
         (name, np.int64)
         for name in JOB_FIELDS
-        + "embedded turns draw settings keys seen scratch stop stops drawn done".split()
+        + "embedded turns draw settings keys seen stop stops drawn done".split()
     ]
 )  # fmt: skip
 
@@ -123,36 +113,41 @@ def perform(me, s, job):  # type: ignore[no-untyped-def]
             barrier(me, job.threads, s.sync)
         forward(me, s, job)
         if job.draw:
-            if me == 0:
-                job.done = draw(s, job, turn)
+            draw(me, s, job, turn)
             barrier(me, job.threads, s.sync)
-            if job.done:
+            if ended(s, job, turn):
+                if me == 0:
+                    job.done = turn + 1
                 return
 
 
 @njit(error_model="numpy")
-def draw(s, job, turn):  # type: ignore[no-untyped-def]
-    """Draw each row's next token and put it into the row: the number of turns done if this was the last, else 0."""
-    V, last = s.vocab, turn + 1 == job.turns
-    order, weights, scores = words(job.scratch, 0, V), words(job.scratch, V, V), floats(job.scratch, 2 * V, V)
-    slots, places, tokens = (
-        integers(s.slots, 0, job.rows),
-        integers(s.places, 0, job.rows),
-        integers(s.tokens, 0, job.rows),
-    )
-    drawn, stop = integers(job.drawn, turn * job.rows, job.rows), integers(job.stop, 0, job.stops)
-    for row in range(job.rows):
-        slot = slots[row]
+def draw(me, s, job, turn):  # type: ignore[no-untyped-def]
+    """Draw the next token of some rows and put it into the row."""
+    V, own = s.vocab, s.own + me * s.step_own
+    order, weights = words(own, s.at_draw, V), words(own, s.at_draw + s.vocab_width, V)
+    scores = floats(own, s.at_draw + 2 * s.vocab_width, V)
+    first, last = share(me, job.threads, job.rows)
+    for row in range(first, last):
+        slot = integers(s.slots, row, 1)[0]
         logits, seen = floats(s.logits, row * s.vocab_width, V), marks(job.seen, slot * V, V)
         settings, key = doubles(job.settings, slot * 6, 6), unsigned(job.keys, slot * 3, 3)
         token = draw_one(logits, settings, key, seen, order, weights, scores)
-        drawn[row] = token
-        tokens[row] = token
-        places[row] += 1
-        last = last or token < 0
+        integers(job.drawn, turn * job.rows + row, 1)[0] = token
+        integers(s.tokens, row, 1)[0] = token
+        integers(s.places, row, 1)[0] += 1
+
+
+@njit(error_model="numpy")
+def ended(s, job, turn):  # type: ignore[no-untyped-def]
+    """Whether this was the last turn: all are done, a stop id came, or logits from which nothing could be drawn."""
+    last = turn + 1 == job.turns
+    drawn, stop = integers(job.drawn, turn * job.rows, job.rows), integers(job.stop, 0, job.stops)
+    for row in range(job.rows):
+        last = last or drawn[row] < 0
         for i in range(job.stops):
-            last = last or token == stop[i]
-    return turn + 1 if last else 0
+            last = last or drawn[row] == stop[i]
+    return last
 
 
 def compile_kernels() -> None:

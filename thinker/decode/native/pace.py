@@ -1,0 +1,61 @@
+"""How many threads make a token fastest on this machine, and now: a choice that never changes a bit of the result.
+
+Threads that meet twenty times a token wait long when one of them is not running because another program is. Then one
+thread alone is the faster team, for a while.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+Choice = TypeVar("Choice")
+
+STALLED = 3.0  # so many times its usual time takes a turn that waited for a thread
+LEAST, MOST = 64, 4096  # turns alone after a stall; twice as many after each that follows
+
+
+class Pace:
+    """The number of threads for each job of single tokens: the fastest, or 1 for some time after it has stalled."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.alone, self.penalty = 0, LEAST
+        self.usual: dict[int, float] = {}
+
+    def begin(self, turns: int) -> int:
+        """The number of threads for the next job."""
+        if self.alone > 0:
+            self.alone -= turns
+            return 1
+        return self.threads
+
+    def end(self, threads: int, rows: int, seconds: float) -> None:
+        """Learn how long a turn of so many rows took with so many threads."""
+        if threads == 1:
+            return
+        usual = self.usual.get(rows, seconds)
+        if seconds > STALLED * usual:
+            self.alone, self.penalty = self.penalty, min(2 * self.penalty, MOST)
+        else:
+            self.penalty = max(self.penalty // 2, LEAST)
+        # Attention grows with the text: what is usual may rise, slowly.
+        self.usual[rows] = min(seconds, 1.05 * usual)
+
+
+def fastest(choices: Iterable[Choice], do: Callable[[Choice], None], seconds: float = 0.02) -> Choice:
+    """The choice that `do` is done with fastest; all in turns, each at least twice. A later one must be 5 % better."""
+    taken = dict.fromkeys(choices, float("inf"))
+    began, rounds = time.perf_counter(), 0
+    while rounds < 2 or time.perf_counter() - began < seconds:
+        rounds += 1
+        for choice in taken:
+            start = time.perf_counter()
+            do(choice)
+            taken[choice] = min(taken[choice], time.perf_counter() - start)
+    best = next(iter(taken))
+    for choice, time_taken in taken.items():
+        if time_taken < 0.95 * taken[best]:
+            best = choice
+    return best
