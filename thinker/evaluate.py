@@ -174,20 +174,26 @@ def _torch_score(model: ThinkerLM) -> Score:
 
 def _decoder_score(decoder: Decoder) -> Score:
     def score(windows: list[Window]) -> float:
-        return sum(nats(window) for window in windows)
-
-    def nats(window: Window) -> float:
-        decoder.truncate(0, 0)
-        if window.first:
-            decoder.prefill(0, window.ids[: window.first])
-        total = 0.0
-        for begin in range(window.first, len(window.ids) - 1, ROWS_AT_ONCE):
-            end = min(begin + ROWS_AT_ONCE, len(window.ids) - 1)
-            logits = decoder.prefill(0, window.ids[begin:end], every=True).astype(np.float64)  # (rows, V)
-            top = logits.max(axis=1)
-            log_sum = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
-            total += float((log_sum - logits[np.arange(end - begin), window.ids[begin + 1 : end + 1]]).sum())
-        decoder.truncate(0, 0)
-        return total
+        return sum(float(token_losses(decoder, window.ids, window.first)[0].sum()) for window in windows)
 
     return score
+
+
+def token_losses(decoder: Decoder, ids: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nats that ids[first + 1:] cost, each given all before it, and whether each was the likeliest: two (T,) arrays.
+
+    Slot 0 is used. Raises `ValueError` beyond `ctx_len`.
+    """
+    decoder.truncate(0, 0)
+    if first:
+        decoder.prefill(0, ids[:first])
+    losses, likeliest = [], []
+    for begin in range(first, len(ids) - 1, ROWS_AT_ONCE):
+        end = min(begin + ROWS_AT_ONCE, len(ids) - 1)
+        logits = decoder.prefill(0, ids[begin:end], every=True).astype(np.float64)  # (rows, V)
+        wanted = ids[begin + 1 : end + 1]
+        top = logits.max(axis=1)
+        log_sum = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
+        losses.append(log_sum - logits[np.arange(end - begin), wanted])
+        likeliest.append(logits.argmax(axis=1) == wanted)
+    return np.concatenate(losses), np.concatenate(likeliest)

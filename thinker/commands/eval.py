@@ -30,43 +30,58 @@ class Options(BaseModel):
     ctx_len: int | None = Field(None, description="longest window in tokens; unset means the model's own")
     backend: Backend = Field("auto", description="native kernels, or torch; auto: native where it works")
     dtype: DType | None = Field(None, description="unset means int8 for a quantised file, else float32")
+    compare: DType | None = Field(None, description="evaluate in this type as well, and show the difference")
     as_json: Annotated[bool, Flag, tyro.conf.arg(name="json")] = Field(False, description="report as JSON")
 
 
 def run(options: Options) -> int:
     """Evaluate one text after the other and print what came out on stdout."""
     texts = {name: list(open_evaluation(name)) for name in options.data}
-    llm = load(options.model, options.backend, options.dtype, options.ctx_len, slots=1, notice=notice)
-    results = {}
-    for name, documents in texts.items():
-        with byte_bar(f"evaluating on {name}", sum(document.size for document in documents)) as progress:
-            pieces = (document.read() for document in documents)
-            results[name] = llm.evaluate(pieces, options.stride, options.batch, progress)
-    print(as_json(llm, options, results) if options.as_json else as_table(results))
+    models = [load(options.model, options.backend, options.dtype, options.ctx_len, slots=1, notice=notice)]
+    if options.compare is not None:
+        models.append(load(options.model, options.backend, options.compare, options.ctx_len, slots=1, notice=notice))
+    rows = []
+    for llm in models:
+        for name, documents in texts.items():
+            with byte_bar(f"evaluating on {name}", sum(document.size for document in documents)) as progress:
+                pieces = (document.read() for document in documents)
+                result = llm.evaluate(pieces, options.stride, options.batch, progress)
+                rows.append(Row(name, llm.decoder.dtype, llm.decoder.weight_bytes, result))
+    print(as_json(models[0], options, rows) if options.as_json else as_table(rows))
     return 0
 
 
-def as_table(results: dict[str, Evaluation]) -> str:
-    """One line a text, under a heading."""
-    width = max(len("data"), *(len(name) for name in results))
-    lines = [f"{'data':{width}}  bits/byte    loss  perplexity      tokens       bytes  tokens/s"]
-    lines += [
-        f"{name:{width}}  {one.bits_per_byte:9.4f}  {one.loss:6.4f}  {one.perplexity:10.2f}"
-        f"  {one.tokens:10,}  {one.bytes:10,}  {one.tokens / one.seconds:8,.0f}"
-        for name, one in results.items()
-    ]
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One text under one number type."""
+
+    data: str
+    dtype: str
+    weight_bytes: int
+    result: Evaluation
+
+
+def as_table(rows: list[Row]) -> str:
+    """One line a text and number type, under a heading; further types also with their change of loss."""
+    width = max(len("data"), *(len(row.data) for row in rows))
+    lines = [f"{'data':{width}}  dtype     weights    bits/byte    loss  perplexity      tokens       bytes  tokens/s"]
+    first = {row.data: row.result.loss for row in reversed(rows)}
+    for row in rows:
+        one = row.result
+        change = 100 * (one.loss / first[row.data] - 1)
+        lines.append(
+            f"{row.data:{width}}  {row.dtype:8} {row.weight_bytes / 1e6:6,.1f} MB  {one.bits_per_byte:9.4f}"
+            f"  {one.loss:6.4f}  {one.perplexity:10.2f}  {one.tokens:10,}  {one.bytes:10,}"
+            f"  {one.tokens / one.seconds:8,.0f}" + (f"  loss {change:+.3f} %" if row.dtype != rows[0].dtype else "")
+        )
     return "\n".join(lines)
 
 
-def as_json(llm: LLM, options: Options, results: dict[str, Evaluation]) -> str:
+def as_json(llm: LLM, options: Options, rows: list[Row]) -> str:
     """What `--json` prints."""
-    return json.dumps(
-        {
-            "model": str(llm.files.path),
-            "ctx_len": llm.config.ctx_len,
-            "stride": options.stride,
-            "results": [{"data": name, **dataclasses.asdict(one)} for name, one in results.items()],
-        },
-        ensure_ascii=False,
-        indent=2,
-    )
+    results = [
+        {"data": row.data, "dtype": row.dtype, "weight_bytes": row.weight_bytes, **dataclasses.asdict(row.result)}
+        for row in rows
+    ]
+    about = {"model": str(llm.files.path), "ctx_len": llm.config.ctx_len, "stride": options.stride}
+    return json.dumps(about | {"results": results}, ensure_ascii=False, indent=2)

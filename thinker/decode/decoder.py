@@ -37,6 +37,8 @@ class Decoder(ABC):
 
     config: ThinkerConfig
     slots: int
+    dtype: str  # the type of the weights: float32, int8, bfloat16 …
+    weight_bytes: int  # the memory that they take
 
     @abstractmethod
     def length(self, slot: int) -> int:

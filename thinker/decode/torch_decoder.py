@@ -28,6 +28,8 @@ class TorchDecoder(Decoder):
         if slots < 1:
             raise ValueError(f"slots is {slots}: at least 1 is needed")
         self.model, self.config, self.slots = model, model.config, slots
+        self.dtype = str(model.head.weight.dtype).removeprefix("torch.")
+        self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
         self.cache = self._empty(rows=1)
 
     def length(self, slot: int) -> int:

@@ -63,7 +63,8 @@ class NativeDecoder(Decoder):
         self.config, self.slots, self.dtype = files.config, slots, dtype
         most = threads or processors()
         shape, sizes = lay_out(files.config, dtype == "int8", most)
-        self._packed = Packed(files, shape, sizes)
+        self._packed = packed = Packed(files, shape, sizes)
+        self.weight_bytes = packed.weights.nbytes + packed.scales.nbytes + packed.floats.nbytes
         self._keys, self._values = (sparse(slots * sizes.slot, np.float32) for _ in range(2))
         self._work, self._plan = aligned(sizes.work, np.float32), aligned(sizes.plan, np.int64)
         self._rows = np.zeros((3, ROWS), np.int64)

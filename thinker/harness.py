@@ -1,0 +1,82 @@
+"""An adapter for lm-evaluation-harness: its tasks, computed by Thinker's own decoders.
+
+    python -m thinker.harness --model thinker --model_args pretrained=runs/demo,dtype=int8 --tasks lambada_openai
+
+is the harness's own command with the model `thinker` added. The published folder runs in its `hf` backend as well; that
+one goes through transformers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lm_eval.models  # noqa: F401 - the harness fills its list of models only while that is empty: its own come first
+import numpy as np
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
+
+from .evaluate import token_losses
+from .llm import load
+
+
+@register_model("thinker")
+class ThinkerHarness(LM):
+    """Any model that Thinker opens. Requests longer than the context lose their beginning, and `cut` counts them."""
+
+    def __init__(self, pretrained: str, backend: str = "auto", dtype: str | None = None, **_: Any) -> None:
+        super().__init__()
+        self.llm = load(pretrained, backend, dtype, slots=1)  # type: ignore[arg-type]
+        self.cut = 0
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Of each (context, continuation): log p(continuation | context), and whether greedy decoding writes it."""
+        return [self._continuation(*request.args) for request in requests]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Of each (text,): its log-probability, every token once, with as much context as there is room for."""
+        return [-self._text_nats(request.args[0]) for request in requests]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Of each (context, settings): the continuation up to one of the strings in `until`."""
+        return [self._continued(*request.args) for request in requests]
+
+    def _continuation(self, context: str, continuation: str) -> tuple[float, bool]:
+        # A space at the border belongs to the continuation, since tokens carry the space in front of their word.
+        stem = context.rstrip()
+        continuation, context = context[len(stem) :] + continuation, stem
+        whole = list(self.llm.encode(context + continuation))
+        first = len(self.llm.encode(context)) if context else len(whole) - len(self.llm.tokenizer.encode(continuation))
+        if first == 0:  # a model without bos: the first token can't be predicted
+            first = 1
+        over = len(whole) - 1 - self.llm.config.ctx_len
+        if over > 0:
+            self.cut += 1
+            whole, first = whole[over:], max(first - over, 1)
+        losses, likeliest = token_losses(self.llm.decoder, np.array(whole), first - 1)
+        return -float(losses.sum()), bool(likeliest.all())
+
+    def _text_nats(self, text: str) -> float:
+        result = self.llm.evaluate([text])
+        return result.loss * result.tokens
+
+    def _continued(self, context: str, settings: dict[str, Any]) -> str:
+        until = settings.get("until", [])
+        wanted = int(settings.get("max_gen_toks", 256))
+        ids = self.llm.encode(context)
+        room = self.llm.config.ctx_len - wanted
+        if len(ids) > room:
+            self.cut += 1
+            context = self.llm.tokenizer.decode(ids[len(ids) - max(room, 1) :])
+        return self.llm.generate(
+            context,
+            max_new_tokens=wanted,
+            temperature=float(settings.get("temperature", 0.0)) if settings.get("do_sample") else 0.0,
+            stop=[until] if isinstance(until, str) else [text for text in until if text],
+        )
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
