@@ -22,7 +22,7 @@ FLOORS = (
     {"model", "attention", "moe", "cache", "trace", "loss", "modality", "data"},
     {"checkpoint", "formats"},
     {"decode", "generate", "evaluate", "llm"},
-    {"train", "doctor", "certificate", "bench", "serve", "commands"},
+    {"train", "doctor", "certificate", "bench", "harness", "serve", "commands"},
 )
 NETWORK = {"model", "attention", "moe", "cache", "trace", "loss"}
 
