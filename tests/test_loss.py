@@ -57,7 +57,7 @@ def test_fresh_model_begins_at_the_uniform_guess() -> None:
 @pytest.mark.parametrize("ignored", ["none", "some", "all"])
 def test_chunks_equal_autograd(monkeypatch: pytest.MonkeyPatch, rows: int, ignored: str) -> None:
     """Catches a chunk left out or counted twice, ignored targets that pull at token 0, a lost upstream factor."""
-    monkeypatch.setattr(loss, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(loss, "rows_at_once", lambda head: 7)
     draws = torch.Generator().manual_seed(2)
     hidden = torch.randn(rows, 16, generator=draws, dtype=torch.float64, requires_grad=True)
     head = torch.randn(11, 16, generator=draws, dtype=torch.float64, requires_grad=True)
@@ -77,10 +77,14 @@ def test_chunks_equal_autograd(monkeypatch: pytest.MonkeyPatch, rows: int, ignor
         torch.testing.assert_close(cross_entropy_sum(hidden, head, targets), wanted.detach(), rtol=1e-13, atol=0)
 
 
-def test_real_chunk_size_and_gradcheck() -> None:
-    """Catches a border at the real chunk size, and a derivative that only looks right."""
+def test_chunk_size_and_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches chunks that grow with the vocabulary, a border between two, a derivative that only looks right."""
+    assert loss.rows_at_once(torch.empty(5000, 1)) == 2048
+    assert loss.rows_at_once(torch.empty(50_000, 1)) == 128
+    assert loss.rows_at_once(torch.empty(loss.LOGITS_AT_ONCE + 1, 1)) == 1
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 6 * 64)
     draws = torch.Generator().manual_seed(3)
-    hidden = torch.randn(loss.ROWS_AT_ONCE + 5, 4, generator=draws, dtype=torch.float64, requires_grad=True)
+    hidden = torch.randn(64 + 5, 4, generator=draws, dtype=torch.float64, requires_grad=True)
     head = torch.randn(6, 4, generator=draws, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(6, (len(hidden),), generator=draws)
     targets[::3] = IGNORE

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from .model import ThinkerLM
 
 IGNORE = -100  # a target that doesn't count, as everywhere in torch
-ROWS_AT_ONCE = 1024
+LOGITS_AT_ONCE = 10 << 20  # 40 MB in float32: fewer cost more in passes over the head than they save in memory
 
 
 class LossParts(NamedTuple):
@@ -70,11 +70,16 @@ def check_targets(targets: Tensor, hidden: Tensor, vocab_size: int) -> None:
             raise ValueError(f"target {int(wrong[0])} is outside the vocabulary of {vocab_size}, and not {IGNORE}")
 
 
+def rows_at_once(head: Tensor) -> int:
+    """How many rows' logits are held together, for a head (V, D): a power of two."""
+    return 1 << max(LOGITS_AT_ONCE // len(head), 1).bit_length() - 1
+
+
 def cross_entropy_sum(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """Sum of -log p(target) over hidden (N, D) through the head (V, D), without ever holding all logits."""
     if torch.is_grad_enabled():
         return _ChunkedCrossEntropy.apply(hidden, head, targets)
-    chunks = zip(hidden.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE), strict=True)
+    chunks = zip(hidden.split(rows_at_once(head)), targets.split(rows_at_once(head)), strict=True)
     return torch.stack([_chunk_loss(F.linear(rows, head), wanted)[0] for rows, wanted in chunks]).sum()
 
 
@@ -98,7 +103,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         hidden_grads = []
         head_grad = torch.zeros_like(head)
-        for rows, wanted in zip(hidden.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE), strict=True):
+        for rows, wanted in zip(hidden.split(rows_at_once(head)), targets.split(rows_at_once(head)), strict=True):
             loss, logits, log_sum = _chunk_loss(F.linear(rows, head), wanted)
             total = total + loss
             # d loss / d logits = softmax - one_hot(target), zero where nothing was asked
