@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from .model import ThinkerLM
 
 IGNORE = -100  # a target that doesn't count, as everywhere in torch
-LOGITS_AT_ONCE = 10 << 20  # 40 MB in float32: fewer cost more in passes over the head than they save in memory
+LOGITS_AT_ONCE = 10 << 20  # 40 MB in float32, whatever the vocabulary
 
 
 class LossParts(NamedTuple):
