@@ -38,7 +38,7 @@ def loss_curve(
         axes.spines["top"].set_visible(False)
     left.set_ylim(bottom=0)
     handles = [pair for axes in (left, right) for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
-    left.legend(*zip(*handles, strict=True), frameon=False, loc="upper right")
+    left.legend(*zip(*handles, strict=True), frameon=False, loc="lower left", ncols=2)
     figure.savefig(path)
 
 

@@ -38,7 +38,7 @@ def summarise(run: Run, rows: list[dict[str, Any]], console: Console, wall_secon
         f"  loss            {result.loss:.3f} nats per token, perplexity {result.perplexity:.1f}\n"
         f"  bits per byte   [bold]{result.bits_per_byte:.3f}[/], {beats} than the {xz:.3f} of xz -9\n"
         f"Trained {run.step:,} steps, {run.tokens:,} tokens ({run.batches.epochs(run.step):.2f} epochs) "
-        f"in {run.seconds:,.0f} s; {wall_seconds:,.0f} s in all"
+        f"in {run.seconds:,.0f} s; {wall_seconds:,.0f} s with preparing and looking"
     )
     continuations = []
     for number, opening in enumerate(openings(run, documents)):
