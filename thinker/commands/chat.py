@@ -78,7 +78,8 @@ def run(options: Options) -> int:
                 if not interactive:
                     raise
                 notice(f"{error} (/help tells what can be typed)")
-    notice(f"{peak_memory() / 1e6:,.0f} MB of memory at the peak")
+    if interactive:
+        notice(f"{peak_memory() / 1e6:,.0f} MB of memory at the peak")
     return 0
 
 
