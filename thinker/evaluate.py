@@ -182,7 +182,7 @@ def _decoder_score(decoder: Decoder) -> Score:
 def token_losses(decoder: Decoder, ids: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
     """Nats that ids[first + 1:] cost, each given all before it, and whether each was the likeliest: two (T,) arrays.
 
-    Slot 0 is used. Raises `ValueError` beyond `ctx_len`.
+    Slot 0 is used, and empty afterwards. Raises `ValueError` beyond `ctx_len`.
     """
     decoder.truncate(0, 0)
     if first:
@@ -196,4 +196,5 @@ def token_losses(decoder: Decoder, ids: np.ndarray, first: int) -> tuple[np.ndar
         log_sum = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
         losses.append(log_sum - logits[np.arange(end - begin), wanted])
         likeliest.append(logits.argmax(axis=1) == wanted)
+    decoder.truncate(0, 0)
     return np.concatenate(losses), np.concatenate(likeliest)
