@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.metadata
+import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -13,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import thinker
+from thinker import commands
 
 PACKAGE = Path(thinker.__file__).parent
 
@@ -176,3 +180,13 @@ def test_no_pickle_on_any_path() -> None:
                 assert node.attr not in ("load", "save"), name
             if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
                 assert getattr(node.value, "value", None) is False, name
+
+
+def test_the_commands_of_the_readme_are_understood() -> None:
+    """Catches a README that shows a flag or a command which was renamed; what is only sketched has an ellipsis."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^    (?:cat \S+ \| )?thinker (.+)$", readme, re.MULTILINE)
+    lines = [shlex.split(line, comments=True) for line in shown if "…" not in line]
+    assert len(lines) > 10
+    for name, *arguments in lines:
+        commands.parse(importlib.import_module(f"thinker.commands.{name}").Options, name, arguments)

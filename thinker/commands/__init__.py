@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and leave with its exit status: 0 done, 1 failed, 2 a user's mistake, 130 interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # OpenMP reads this when torch loads it. Threads that wait by spinning make training many times slower as soon as
-    # any other program wants a core, which on a laptop is always; sleeping ones cost next to nothing.
+    # any other program wants a core, which on a laptop is always; sleeping ones cost some 4 % on an idle one.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE + "\n`thinker COMMAND --help` tells more.")

@@ -92,7 +92,7 @@ def prepare_chats(
     each reason in a line. Raises `ValueError` for data that can't be read, and when nothing is left.
     """
     cache = cache_folder()
-    try:
+    with store.telling_of(cache):
         sources = open_chats(data)
         state = sources.fingerprint()
         tokenizer = tokenizer_for(sources, state, tokenizer, vocab_size, say)
@@ -104,11 +104,6 @@ def prepare_chats(
             _build(sources, chat_format, folder)
             corpus = _opened(sources.name, folder, chat_format)
             assert corpus is not None, folder
-    except OSError as error:
-        raise ValueError(
-            f"{error.filename or cache}: {error.strerror or error} (tokens are kept in {cache}; "
-            "set THINKER_CACHE to have them elsewhere)"
-        ) from None
     say(str(corpus))
     for line in corpus.tally.lines():
         say(line)

@@ -94,7 +94,7 @@ def prepare(
     `min_tokens` tokens to train on, or fewer than two held out.
     """
     cache = cache_folder()
-    try:
+    with store.telling_of(cache):
         sources = open_sources(data)
         state = sources.fingerprint()
         tokenizer = tokenizer_for(sources, state, tokenizer, vocab_size, say)
@@ -104,11 +104,6 @@ def prepare(
             _build(sources, tokenizer, folder)
             corpus = _opened(sources.name, folder, tokenizer)
             assert corpus is not None, folder
-    except OSError as error:
-        raise ValueError(
-            f"{error.filename or cache}: {error.strerror or error} (tokens are kept in {cache}; "
-            "set THINKER_CACHE to have them elsewhere)"
-        ) from None
     for tokens, needed, where in ((corpus.train, min_tokens, ""), (corpus.valid, 2, " for the held-out part")):
         if len(tokens) < needed:
             raise ValueError(

@@ -44,6 +44,18 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             # Another process made the same meanwhile, and its folder is as good.
 
 
+@contextmanager
+def telling_of(cache: Path) -> Iterator[None]:
+    """What the system refuses inside the block becomes a `ValueError` of one line that says where tokens are kept."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{error.filename or cache}: {error.strerror or error} (tokens are kept in {cache}; "
+            "set THINKER_CACHE to have them elsewhere)"
+        ) from None
+
+
 def mapped(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
     """`count` values of a file, read-only. Raises `ValueError` when the file has another size."""
     check_size(path, count * dtype.itemsize)

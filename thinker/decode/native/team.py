@@ -26,7 +26,7 @@ from .layout import SHAPE
 from .memory import doubles, floats, integers, marks, unsigned, words
 
 STATE = 1  # which of a thread's words says how it is
-ASLEEP, READY, HELD, BUSY = range(4)
+ASLEEP, READY, BUSY = range(3)
 LOOKS = 50_000  # how often an idle helper looks for work before it sleeps, a few milliseconds
 
 # A job is also: how many turns; whether x is there already (embeddings); and, if the next token is to be drawn and run
