@@ -1,4 +1,5 @@
 # make demo   a few minutes: environment, a model trained from nothing, and what it writes
+# make demo-senses   at most ten minutes: one model learns to read digits, hear digits, and answer about both
 # make test   the test suite
 # make check  what CI runs: lint, types, tests
 
@@ -6,10 +7,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo env test slow peers check lint types clean
+.PHONY: demo demo-senses env test slow peers check lint types clean
 
 demo: .venv/.installed
 	$(BIN)/thinker train --out runs/demo $(if $(wildcard runs/demo/training),--resume)
+
+demo-senses: .venv/.installed-senses
+	$(BIN)/python examples/see_and_hear.py --out runs/senses
 
 test: .venv/.installed-test
 	$(BIN)/pytest
@@ -42,6 +46,10 @@ env: .venv/.installed-test
 .venv/.installed: .venv/bin/python pyproject.toml constraints.txt
 	@echo "Installing Thinker and what it needs into .venv (a minute or two, once) …"
 	$(PIP) --editable .
+	@touch $@
+
+.venv/.installed-senses: .venv/.installed
+	$(PIP) --editable '.[senses]'
 	@touch $@
 
 .venv/.installed-test: .venv/.installed

@@ -8,7 +8,9 @@ else by accident, and that no dimension is so small that a mistake could hide.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,6 +19,9 @@ from thinker.config import RopeScaling, ThinkerConfig
 
 if TYPE_CHECKING:  # a test of what needs no torch shall not wait for it
     from thinker.model import ThinkerLM
+
+# benchmarks/ is no part of the package, so it is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 # Read once, when torch loads its OpenMP. Threads that wait by spinning make thousands of tiny products some fifteen
 # times slower as soon as another process wants a core; sleeping ones do the same sums.

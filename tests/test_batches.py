@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinker.data.batches import IGNORED, Batches, Windows
+from thinker.data.batches import IGNORED, Batches, Rows, Windows
 
 COUNTING = np.arange(1000, dtype=np.uint16)  # so that a token tells where it stood
 
@@ -128,3 +128,25 @@ def test_windows_need_two_tokens() -> None:
     """A mean over no tokens is NaN, and the message would come from somewhere else."""
     with pytest.raises(ValueError, match="1 tokens found, at least 2 needed"):
         Windows(COUNTING[:1], 16)
+
+
+@given(full=st.integers(1, 40), ramp=st.integers(0, 30))
+def test_a_ramp_has_a_quarter_then_half_then_all_rows(full: int, ramp: int) -> None:
+    """A ramp whose sums don't agree with its rows shows windows twice and leaves others out."""
+    rows = Rows(full, ramp)
+    sizes = [rows.of(k) for k in range(ramp + 5)]
+    assert sizes[: ramp // 2] == [max(1, full // 4)] * (ramp // 2)
+    assert sizes[ramp // 2 : ramp] == [max(1, full // 2)] * (ramp - ramp // 2)
+    assert sizes[ramp:] == [full] * 5
+    assert [rows.before(k) for k in range(ramp + 6)] == [sum(sizes[:k]) for k in range(ramp + 6)]
+
+
+def test_a_ramp_shows_the_same_windows_in_the_same_order() -> None:
+    """A batch that depends on what was asked before, or windows that are skipped where the ramp ends."""
+    plain = starts(Batches(COUNTING, rows=1, ctx_len=16, seed=5), 0, 40)
+    ramped = Batches(COUNTING, rows=8, ctx_len=16, seed=5, ramp=4)
+    assert starts(ramped, 0, 7) == plain[: 2 + 2 + 4 + 4 + 8 + 8 + 8]
+    assert starts(Batches(COUNTING, rows=8, ctx_len=16, seed=5, ramp=4), 5, 6) == plain[20:28]
+    assert [ramped.tokens_in(k) for k in range(6)] == [32, 32, 64, 64, 128, 128]
+    assert ramped.tokens_per_batch == 128
+    assert ramped.epochs(4) == 12 / ramped.windows_per_epoch

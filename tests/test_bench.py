@@ -3,7 +3,6 @@
 import ast
 import io
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +13,11 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 import thinker
+from benchmarks import decode, growth, results, train_step, turns
+from benchmarks.contestants import tutorial
+from benchmarks.contestants.plain_loop import TrainingShape
+from benchmarks.results import Figure, Line, Match, Target
+from benchmarks.turns import Contestant, Died, Meeting, Result, Turn
 from thinker.bench import costs, limits, report, speed
 from thinker.cache import KVCache
 from thinker.commands import bench as command
@@ -26,14 +30,6 @@ from thinker.train.config import TrainConfig
 from thinker.train.decide import repeatable
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the package, so it is not installed
-
-from benchmarks import decode, growth, results, train_step, turns  # noqa: E402
-from benchmarks.contestants import tutorial  # noqa: E402
-from benchmarks.contestants.plain_loop import TrainingShape  # noqa: E402
-from benchmarks.results import Figure, Line, Match, Target  # noqa: E402
-from benchmarks.turns import Contestant, Died, Meeting, Result, Turn  # noqa: E402
-
 TINY = ThinkerConfig()
 MATCHES = (*train_step.MATCHES, *decode.MATCHES, *growth.MATCHES)
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import randomise, small
 
-from thinker import certificate
-from thinker.certificate import certify, within
+from thinker.certificate import Truth, certify, find_truth, within
+from thinker.certificate.truth import FLOAT32_SHARE
 from thinker.checkpoint.publish import Publication, write_view
 from thinker.commands import parse
 from thinker.commands.doctor import Options, run
@@ -49,7 +49,7 @@ def test_an_honest_model_passes_everything(folder, name):
     names = " ".join(check.name for check in checks)
     for way in ("torch: cached", "torch: a batch", "embeddings", "native: cached", "transformers", "llama.cpp"):
         assert way in names
-    native = [check for check in checks if check.name.startswith("native:") and "equals the plain" not in check.name]
+    native = [check for check in checks if check.name.startswith("native:") and "float64" not in check.name]
     assert all(check.figure == 0 for check in native if check.figure is not None), "the same bytes are promised"
 
 
@@ -82,11 +82,38 @@ def test_a_published_view_that_differs_from_the_network_fails(folder, monkeypatc
     assert checks["transformers equals Thinker"].passed is False
 
 
+def test_the_truth_is_computed_in_float64_and_leaves_the_model_as_it_was(folder):
+    """Bug: the reference rounds as its judges do, or certifying a model changes its weights."""
+    llm = load(folder("everything"), "torch")
+    before = {name: p.detach().clone() for name, p in llm.model.named_parameters()}
+    tokens = np.arange(20) % llm.config.vocab_size
+    truth = find_truth(llm, tokens)
+    assert truth.logits.dtype == np.float64
+    with torch.no_grad():
+        ours = llm.model.double()(torch.from_numpy(tokens)[None])[0].numpy()
+    llm.model.float()
+    np.testing.assert_array_equal(truth.logits, ours)
+    for name, parameter in llm.model.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, before[name]), name
+
+
+def test_only_what_torch_cannot_do_better_is_tolerated():
+    """Bug: a tolerance that grows with the error it judges, or that condemns what no float32 can reach."""
+    exact = np.array([[0.0, 10.0]])
+    near = Truth(exact, exact + 1e-6)
+    assert near.tolerance == near.float32 == 10 * FLOAT32_SHARE
+    far = Truth(exact, exact + 3e-4)
+    assert far.float32 == near.float32
+    assert far.tolerance == pytest.approx(6e-4)
+    assert within("torch", far.by_torch, far.logits, far.float32).passed is False
+
+
 def test_weights_with_nan_fail_in_one_line(folder):
     """Bug: NaN compares as no difference."""
     path = folder("dense")
     llm = load(path, "torch")
-    assert within("x", np.array([np.nan]), np.array([1.0])).passed is False
+    assert within("x", np.array([np.nan]), np.array([1.0]), 1.0).passed is False
 
     class Broken(dict):
         def __getitem__(self, name):
@@ -105,8 +132,7 @@ def test_exit_status_and_json(folder, capsys, monkeypatch):
     report = json.loads(capsys.readouterr().out)
     assert report["passed"] is True
     assert len(report["checks"]) > 8
-    monkeypatch.setattr(certificate, "FLOAT32_SHARE", -1.0)
-    monkeypatch.setattr(certificate.within, "__defaults__", (-1.0, ""))
+    monkeypatch.setattr("thinker.certificate.truth.FLOAT32_SHARE", 0.0)
     assert run(parse(Options, "doctor", [str(path)])) == 1
     assert "FAIL" in capsys.readouterr().out
 

@@ -29,7 +29,6 @@ class FakeLLM:
 
     def __init__(self, ctx_len: int = 40, long: int = 0, system: bool = True) -> None:
         self.config = SimpleNamespace(ctx_len=ctx_len)
-        self.chat_format = self
         self.long, self.system = long, system
         self.asked: list[list[dict[str, str]]] = []
 
@@ -37,6 +36,9 @@ class FakeLLM:
         if not self.system and messages[0]["role"] == "system":
             raise ValueError("the chat template refuses this conversation: no system")
         return [0] * (1 + sum(1 + len(message["content"].split()) for message in messages))
+
+    def prompt_length(self, messages: list[dict[str, str]]) -> int:
+        return len(self.encode(messages))
 
     def stream_chat(self, messages: list[dict[str, str]], **options: Any) -> Iterator[str]:
         if len(self.encode(messages)) >= self.config.ctx_len:

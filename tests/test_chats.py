@@ -36,7 +36,7 @@ from thinker.train.decide import repeatable
 from thinker.train.loop import fit
 from thinker.train.replies import exchanges, replies
 from thinker.train.report import Reporter, held_out_loss
-from thinker.train.run import begin, resume
+from thinker.train.start import begin, resume
 
 TOKENIZER = Tokenizer.train(["What is it? It is a number that follows another one.\n"] * 9, 320)
 ARCHITECTURE = ThinkerConfig(vocab_size=320, n_layers=2, d_model=32, n_heads=2, d_ff=64, ctx_len=64, dropout=0.1)
@@ -147,6 +147,17 @@ def test_a_batch_is_a_function_of_seed_and_k_alone():
     assert not np.array_equal(PackedBatches(chats, 3, 40, seed=6).batch(0)[0], forward[0][0])
     assert batches.epochs(count) == 3.0
     assert batches.tokens_per_batch == forward[0][0].size
+
+
+def test_a_ramp_packs_fewer_rows_first_and_leaves_none_out():
+    """Bug: a ramp for text alone, which a run on conversations takes and doesn't follow."""
+    chats = chats_of([9, 20, 4, 17, 30, 12, 25, 3, 40, 8] * 12)
+    plain, ramped = PackedBatches(chats, 4, 40, seed=5), PackedBatches(chats, 4, 40, seed=5, ramp=4)
+    ramp = [ramped.batch(k)[0] for k in range(6)]
+    assert [len(inputs) for inputs in ramp] == [1, 1, 2, 2, 4, 4] == [ramped.rows_in(k) for k in range(6)]
+    rows = np.concatenate([plain.batch(k)[0] for k in range(4)])
+    assert np.array_equal(np.concatenate(ramp), rows[:14])
+    assert [ramped.tokens_in(k) for k in range(6)] == [inputs.size for inputs in ramp]
 
 
 @pytest.mark.parametrize("config", ["dense", "gqa_qk_norm", "moe", "rope_scaling", "everything"], indirect=True)

@@ -22,10 +22,11 @@ PACKAGE = Path(thinker.__file__).parent
 
 # From the top of the house down: a room uses rooms on its own floor and on floors above it, never below.
 FLOORS = (
-    {"config", "rope", "sampling", "tokenizer", "chat", "plots"},
+    {"places", "config", "rope", "compiled", "sampling", "sampling_kernels"}
+    | {"tokenizer", "messages", "chat", "plots"},
     {"model", "attention", "moe", "cache", "trace", "loss", "modality", "data"},
     {"checkpoint", "formats"},
-    {"decode", "generate", "evaluate", "llm"},
+    {"decode", "stop_strings", "generate", "evaluate", "attachments", "answers", "llm"},
     {"train", "doctor", "certificate", "bench", "harness", "serve", "commands"},
 )
 NETWORK = {"model", "attention", "moe", "cache", "trace", "loss"}
@@ -34,17 +35,21 @@ NETWORK = {"model", "attention", "moe", "cache", "trace", "loss"}
 WITHOUT_TORCH = (
     "config",
     "rope",
+    "places",
+    "compiled",
     "sampling",
+    "sampling_kernels",
     "tokenizer",
     "chat",
     "data",
     "checkpoint",
     "formats",
     "decode",
+    "stop_strings",
     "generate",
     "llm",
 )
-TORCH_ITSELF = {"thinker.decode.torch_decoder"}
+TORCH_ITSELF = {"thinker.decode.torch_decoder", "thinker.decode.fixed_step"}
 COMMANDS = ("thinker.commands", "thinker.commands.generate", "thinker.commands.chat")
 
 

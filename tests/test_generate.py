@@ -14,8 +14,9 @@ from tokenizers import decoders, models
 
 from thinker.config import ThinkerConfig
 from thinker.decode.decoder import Decoder, check_room, check_slots, check_tokens
-from thinker.generate import Engine, Generation, Request, StopStrings
+from thinker.generate import Engine, Generation, Request
 from thinker.sampling import Sampling
+from thinker.stop_strings import StopStrings
 from thinker.tokenizer import Tokenizer
 
 BYTES = Tokenizer.train([], 288, kind="char")  # a token is a byte, "é" are two

@@ -22,11 +22,12 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from test_training_state import parameters
 
 from thinker.config import RopeScaling, ThinkerConfig
-from thinker.formats import ModelFiles, Q8Tensor, open_model
+from thinker.formats import Modality, ModelFiles, Q8Tensor, open_model
 from thinker.formats.gguf_export import ExportType, export_gguf, exportable
 from thinker.formats.gguf_file import TYPES, GGUFFile
 from thinker.formats.gguf_tokenizer import WAYS, Vocabulary, to_tokenizer_json, to_vocabulary
 from thinker.formats.huggingface_config import disagreement
+from thinker.modality.settings import SensesConfig
 from thinker.rope import rope_tables
 from thinker.tokenizer import SPECIAL_TOKENS, Tokenizer
 
@@ -462,15 +463,14 @@ def test_what_gguf_cannot_carry_is_refused_first(
 def test_other_reasons_are_given_first_too(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """Catches a missing tokenizer, blocks that don't fit and encoders noticed only after minutes of writing."""
     config = small("dense", vocab_size=350)
-    out, run = tmp_path / "out", tmp_path / "run"
+    out = tmp_path / "out"
     out.mkdir()
-    run.mkdir()
-    (run / "modality.safetensors").touch()
+    senses = Modality(SensesConfig.model_validate({"image": {"kind": "patches"}}), {})
     cases: list[tuple[ModelFiles, str, str]] = [
         (model_files(config), "f32", "has no tokenizer.json"),
         (model_files(config, tokenizer), "q8_0", r"blk\.0\.ffn_down\.weight has rows of 48: choose f16"),
         (model_files(config, tokenizer), "q4_0", "'q4_0' can't be exported: choose f32, f16, bf16, q8_0"),
-        (model_files(config, tokenizer, path=run), "f32", "encoders and projectors"),
+        (model_files(config, tokenizer, modality=senses), "f32", "encoders and projectors for image"),
         (model_files(config, tokenizer, eos_ids=(1, 2, 3, 4)), "f32", "4 tokens end its texts"),
         (model_files(config.changed(vocab_size=300), tokenizer), "f32", "ids up to 33.*vocab_size is 300"),
     ]

@@ -356,7 +356,7 @@ def test_evaluation_computes_as_the_model_speaks(folder, llm):
 
 
 def test_native_speaking_imports_no_torch(folder):
-    """Catches the five seconds that importing torch takes, before the first token."""
+    """Catches the five seconds that importing torch takes, before the first token; and the senses' share of them."""
     script = (
         "import sys, thinker\n"
         f"llm = thinker.load({str(folder)!r}, backend='native')\n"
@@ -364,5 +364,6 @@ def test_native_speaking_imports_no_torch(folder):
         "assert llm.chat([{'role': 'user', 'content': 'a'}], max_new_tokens=3) is not None\n"
         "llm.evaluate(['a small'])\n"
         "assert 'torch' not in sys.modules\n"
+        "assert not [name for name in sys.modules if name.startswith('thinker.modality')]\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

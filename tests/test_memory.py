@@ -9,7 +9,7 @@ from thinker.train.config import TrainConfig
 from thinker.train.decide import repeatable
 from thinker.train.loop import fit, take_step
 from thinker.train.memory import ran_out_of_memory
-from thinker.train.run import begin, resume
+from thinker.train.start import begin, resume
 
 ARCHITECTURE = ThinkerConfig(vocab_size=300, n_layers=2, d_model=32, n_heads=2, d_ff=64, ctx_len=32, dropout=0.0)
 CPU_MESSAGE = "[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 8589934592 bytes."

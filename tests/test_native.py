@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import randomise, small
 
+from benchmarks import same_bytes
 from thinker.decode.native import open_native
 from thinker.decode.torch_decoder import TorchDecoder
 from thinker.formats.q8 import Q8Tensor
@@ -273,29 +274,13 @@ def test_waiting_helpers_are_woken_however_late():
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_a_long_recorded_run_gives_the_same_bytes(dtype):
     """Bug: a race between the threads that shows once in a hundred thousand tokens."""
-    config = small("gqa_qk_norm", d_ff=64, head_dim=16, ctx_len=256)
-    files = files_of(model_of(config))
-    one, two = open_native(files, 1, dtype, 1), open_native(files, 8, dtype, 2)
-    rng = np.random.default_rng(0)
+    files = files_of(model_of(small("gqa_qk_norm", d_ff=64, head_dim=16, ctx_len=256)))
     compared = 0
-    while compared < 500_000:
-        tokens = rng.integers(0, config.vocab_size, 255)
-        one.truncate(0, 0)
-        reference = one.prefill(0, tokens, every=True)
-        for slot in range(8):
-            two.truncate(slot, 0)
-            two.prefill(slot, tokens[: 20 + slot])
-        places = 20 + np.arange(8)
-        while places.max() < 250:
-            logits = two.step(range(8), tokens[places])
-            assert np.array_equal(logits, reference[places]), places
-            places += 1
-            compared += 8
-        cut = int(rng.integers(1, 250))
-        two.truncate(0, 0)
-        parts = [two.prefill(0, tokens[:cut], every=True), two.prefill(0, tokens[cut:], every=True)]
-        assert np.array_equal(np.concatenate(parts), reference)
-        compared += 255
+    for tokens, different in same_bytes.comparisons(files, dtype):
+        compared += tokens
+        assert different == 0, compared
+        if compared > 500_000:
+            break
 
 
 @pytest.mark.slow

@@ -7,14 +7,17 @@ import torch
 
 from thinker.config import ThinkerConfig
 from thinker.model import ThinkerLM
+from thinker.train.config import TrainConfig
 from thinker.train.optim import (
     Muon,
+    beta2_in_tokens,
     build_optimizers,
     hidden_matrices,
     optimizer_tensors,
     orthogonalise,
     rate,
     restore_optimizers,
+    set_beta2,
     set_rate,
 )
 
@@ -129,7 +132,51 @@ def test_schedules():
     assert rate(0.5, schedule="cosine", warmup=0.0) == pytest.approx(0.55)
     assert rate(1.0, schedule="cosine", warmup=0.0) == pytest.approx(0.1)
     assert rate(0.9, schedule="constant", warmup=0.1) == 1
-    assert all(math.isfinite(rate(p / 100, schedule=s, warmup=0.02)) for p in range(101) for s in ("linear", "cosine"))
+    every = ("linear", "cosine", "wsd", "constant")
+    assert all(math.isfinite(rate(p / 100, schedule=s, warmup=0.02)) for p in range(101) for s in every)
+
+
+def test_warmup_stable_decay():
+    """Bug: the plateau falls, the decay begins at the wrong place or jumps, or warm-up and decay overlap."""
+
+    def wsd(progress, warmup=0.1, cooldown=0.2):
+        return rate(progress, schedule="wsd", warmup=warmup, cooldown=cooldown)
+
+    assert wsd(0.05) == pytest.approx(0.5)
+    assert [wsd(p) for p in (0.1, 0.3, 0.5, 0.79, 0.8)] == [1, 1, 1, 1, 1]
+    assert wsd(0.85) == pytest.approx(1 - math.sqrt(0.25))
+    assert wsd(0.95) == pytest.approx(1 - math.sqrt(0.75))
+    assert wsd(1.0) == pytest.approx(0, abs=1e-9)
+    assert wsd(0.3, warmup=0.5, cooldown=0.5) == pytest.approx(0.6)
+    assert wsd(0.5, warmup=0.5, cooldown=0.5) == 1
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd", "constant"])
+def test_a_schedule_that_is_overrun_stays_at_its_end(schedule):
+    """Bug: the last step of a run by the clock begins past its end, and a negative rate climbs the loss."""
+    end, beyond = (rate(p, schedule=schedule, warmup=0.02) for p in (1.0, 1.3))
+    assert beyond == pytest.approx(end)
+    assert beyond >= -1e-12
+
+
+def test_beta2_halves_a_gradients_weight_in_so_many_tokens():
+    """Bug: a half-life in steps instead of tokens, or in e-foldings."""
+    assert beta2_in_tokens(4096, 4096.0) == 0.5
+    assert beta2_in_tokens(100, 1000.0) ** 10 == pytest.approx(0.5)
+    # What is commonly set for 8 x 512 and for 12 x 64 tokens a step.
+    assert TrainConfig().adam_beta2(8 * 512) == pytest.approx(0.95, abs=1e-3)
+    assert TrainConfig().adam_beta2(12 * 64) == pytest.approx(0.99, abs=1e-3)
+    assert TrainConfig(beta2=0.9).adam_beta2(1) == 0.9
+
+
+def test_set_beta2_leaves_muon_and_beta1_alone():
+    """Bug: Muon's groups get a key that it doesn't know, or β1 is lost."""
+    model = ThinkerLM(ThinkerConfig(vocab_size=50, d_model=16, n_layers=1, d_ff=32))
+    built = build_optimizers(
+        model, optimizer="muon", lr=1e-3, muon_lr=1e-2, weight_decay=0.0, betas=(0.8, 0.95), muon_dtype=torch.float32
+    )
+    set_beta2(built, 0.99)
+    assert [group.get("betas") for one in built for group in one.param_groups] == [None, None, (0.8, 0.99)]
 
 
 def test_set_rate_is_a_share_of_each_groups_peak():

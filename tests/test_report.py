@@ -12,7 +12,7 @@ from thinker.train.config import TrainConfig
 from thinker.train.decide import repeatable
 from thinker.train.loop import fit
 from thinker.train.report import Reporter, held_out_loss, kept_metrics, one_line
-from thinker.train.run import begin, resume
+from thinker.train.start import begin, resume
 from thinker.train.summary import beginning, summarise, xz_bits_per_byte
 
 ARCHITECTURE = ThinkerConfig(vocab_size=300, n_layers=1, d_model=32, n_heads=2, d_ff=64, ctx_len=32, dropout=0.1)

@@ -18,10 +18,10 @@ import pytest
 
 from thinker.data import reading
 from thinker.data.named import EVALUATION_SETS, TRAINING_SETS, NamedSet, StandardLibrary
-from thinker.data.places import cache_folder
 from thinker.data.reading import PIECE, Document
 from thinker.data.sources import open_evaluation, open_sources
 from thinker.data.split import Split, held_out
+from thinker.places import cache_folder
 
 REAL_DATA = os.environ.get("THINKER_DATA")
 

@@ -21,10 +21,11 @@ def ids_of(config, length, seed=0):
     return np.random.default_rng(seed).integers(config.vocab_size, size=length).tolist()
 
 
-def test_prefill_and_steps_equal_the_uncached_forward(config, build):
+@pytest.mark.parametrize("fixed", [False, True])
+def test_prefill_and_steps_equal_the_uncached_forward(config, build, fixed):
     """Catches a cache that is not advanced, positions that restart, and logits of another place than the last."""
     model = build(config)
-    decoder, ids = TorchDecoder(model), ids_of(config, 20)
+    decoder, ids = TorchDecoder(model, fixed=fixed), ids_of(config, 20)
     expected = whole(model, ids)
     np.testing.assert_allclose(decoder.prefill(0, ids[:5]), expected[4], **ROUNDING)
     np.testing.assert_allclose(decoder.prefill(0, ids[5:12], every=True), expected[5:12], **ROUNDING)
@@ -33,10 +34,11 @@ def test_prefill_and_steps_equal_the_uncached_forward(config, build):
     assert decoder.length(0) == 20
 
 
-def test_slots_of_different_lengths_step_together_as_they_do_alone(config, build):
+@pytest.mark.parametrize("fixed", [False, True])
+def test_slots_of_different_lengths_step_together_as_they_do_alone(config, build, fixed):
     """Catches a row that sees its neighbour's keys or length, slots out of order, and gaps between slots."""
     model = build(config)
-    decoder = TorchDecoder(model, slots=6)
+    decoder = TorchDecoder(model, slots=6, fixed=fixed)
     texts = {slot: ids_of(config, 15, seed=slot) for slot in (5, 0, 4, 2)}
     for slot, begun in zip(texts, (1, 7, 3, 4), strict=True):
         decoder.prefill(slot, texts[slot][:begun])
@@ -119,14 +121,48 @@ def test_what_cannot_be_computed_is_refused_and_changes_nothing(build, call, mes
     assert (decoder.length(0), decoder.length(1)) == (5, 0)
 
 
-def test_a_full_slot_stops_the_step_of_all(build):
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_full_slot_stops_the_step_of_all(build, fixed):
     """Catches neighbours that have moved on when one slot had no room left."""
-    decoder = TorchDecoder(build(small("dense")), slots=3)
+    decoder = TorchDecoder(build(small("dense")), slots=3, fixed=fixed)
     decoder.prefill(0, [1])
     decoder.prefill(2, [1] * 48)
     with pytest.raises(ValueError, match=r"48 \+ 1 tokens exceed ctx_len 48"):
         decoder.step([0, 2], [1, 1])
     assert (decoder.length(0), decoder.length(2)) == (1, 48)
+
+
+def test_fixed_steps_leave_the_memory_of_other_slots_alone(build):
+    """Catches a slot that gains a token while only its neighbours step: one that is full, empty, or in between."""
+    model = build(small("gqa"))
+    decoder = TorchDecoder(model, slots=4, fixed=True)
+    full, some = ids_of(model.config, 48), ids_of(model.config, 9, seed=1)
+    decoder.prefill(0, full)
+    decoder.prefill(1, some)
+    decoder.prefill(3, some[:4])
+    before = decoder.cache.keys.clone(), decoder.cache.values.clone()
+    logits = decoder.step([3], [some[4]])
+    np.testing.assert_allclose(logits[0], whole(model, some[:5])[-1], **ROUNDING)
+    for memory, was in zip((decoder.cache.keys, decoder.cache.values), before, strict=True):
+        changed = (memory != was).any(dim=-1).any(dim=2).any(dim=0)  # (B, C)
+        assert changed.nonzero().tolist() == [[3, 4]]
+    assert [decoder.length(slot) for slot in range(4)] == [48, 9, 0, 5]
+    decoder.truncate(0, 0)
+    decoder.prefill(2, some)  # the memory grows or is used anew: steps go on from what is there
+    np.testing.assert_allclose(decoder.step([2, 1], [5, 5])[0], whole(model, [*some, 5])[-1], **ROUNDING)
+
+
+def test_a_fixed_step_asks_nothing_of_its_tensors(build):
+    """Catches a value read back from the accelerator in the middle of a step, which no graph can replay."""
+    model = build(small("gqa_qk_norm"), dtype=torch.float32)
+    decoder = TorchDecoder(model, slots=2, fixed=True)
+    ids = ids_of(model.config, 9)
+    decoder.prefill(0, ids[:8])
+    expected = decoder.step([0], [ids[8]])
+    step = decoder._step
+    recorded = torch.compile(step._logits, backend="eager", fullgraph=True)  # refuses what can't be recorded
+    with torch.no_grad():
+        np.testing.assert_allclose(recorded()[:1].numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu

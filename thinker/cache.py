@@ -87,3 +87,42 @@ class KVCache:
         if not 0 <= length <= self.lengths[row]:
             raise ValueError(f"row {row} holds {self.lengths[row]} positions and can't be cut to {length}")
         self.lengths[row] = length
+
+
+@dataclass(frozen=True)
+class FixedCache:
+    """The memory of a `KVCache` for steps of one token a row, in which only the contents of tensors ever change.
+
+    So a step does the same to the same addresses each time, and an accelerator can record it once and replay it. A row
+    attends over all its capacity, behind a mask. `filled` (B,) counts each row's positions, and whoever calls moves it
+    on; a row that is not `active` (B,) computes along, and its memory stays as it is.
+    """
+
+    keys: Tensor
+    values: Tensor
+    filled: Tensor
+    active: Tensor
+
+    @property
+    def columns(self) -> Tensor:
+        """Where each row's new position is, (B, 1). A full row is not active, but has to compute along somewhere."""
+        return self.filled.clamp(max=self.keys.shape[3] - 1)[:, None]
+
+    def places(self) -> tuple[Tensor, Tensor]:
+        """The new tokens' positions, (B, 1), and what they see, (B, 1, 1, C)."""
+        everywhere = torch.arange(self.keys.shape[3], device=self.keys.device)
+        return self.columns, (everywhere <= self.columns)[:, None, None]
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v (B, G, 1, head_dim) behind each row's filled part; return all, (B, G, C, head_dim)."""
+        rows, columns = torch.arange(len(self.filled), device=k.device), self.columns[:, 0]
+        for memory, new in ((self.keys[layer], k), (self.values[layer], v)):
+            old = memory[rows, :, columns]  # (B, G, head_dim)
+            memory[rows, :, columns] = torch.where(self.active[:, None, None], new[:, :, 0].to(old.dtype), old)
+        return self.keys[layer].to(k.dtype), self.values[layer].to(v.dtype)
+
+    def advance(self, new: int) -> None:
+        """Nothing: a replay would not count along."""
+
+
+Cache = KVCache | FixedCache

@@ -4,7 +4,8 @@ Only the template's own scaffolding becomes control tokens; what people wrote st
 The trouble is that a template may trim, cut or rearrange contents, so their place in the result is unknown. Therefore
 every control token's name inside a content is broken by a character that occurs nowhere else; names that are whole
 after rendering are the template's, and the character is taken out again before the text between them is encoded.
-Neither decoding nor stop conditions live here.
+A picture or a sound is a part of a content; one more such character stands for it, and becomes its three tokens.
+Neither decoding nor stop conditions live here, nor what is in a picture: that is `modality/`.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 
-from .tokenizer import ASSISTANT, END, SYSTEM, USER, Tokenizer
+from .messages import Message, check_messages, media_parts, parts_of, text_of
+from .tokenizer import ASSISTANT, END, MEDIA, SYSTEM, USER, Tokenizer
 
-Message = Mapping[str, str]
-
-ROLES = ("system", "user", "assistant", "tool")
+MEDIA_TOKENS = {"image": MEDIA[:3], "audio": MEDIA[3:]}  # begin, placeholder, end
 ROLE_TOKENS = frozenset({SYSTEM, USER, ASSISTANT, END})  # what the default template needs of a tokenizer
 
 # What this project's own models speak: <|bos|><|user|>Hello<|end|><|assistant|>Hi<|end|>
@@ -70,10 +71,10 @@ class ChatFormat:
 
         Raises `ValueError` for messages that are none, and for conversations that the template refuses.
         """
-        guarded, mark = self._guard(messages)
+        guarded, marks = self._guard(messages)
         text = self._render(guarded, add_generation_prompt)
-        self._check_controls(text, guarded, mark, add_generation_prompt)
-        return self._encode(text, mark)
+        self._check_controls(text, guarded, marks, add_generation_prompt)
+        return self._encode(text, marks)
 
     def encode_for_training(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         """The ids of a whole conversation, and for each whether it is the assistant's to say.
@@ -81,9 +82,9 @@ class ChatFormat:
         Of the scaffolding that is the token that ends its turn, nothing else. Raises `ValueError` as `encode` does, and
         for a template that writes a turn in another way once others follow.
         """
-        guarded, mark = self._guard(messages)
+        guarded, marks = self._guard(messages)
         text = self._render(guarded, add_generation_prompt=False)
-        self._check_controls(text, guarded, mark, add_generation_prompt=False)
+        self._check_controls(text, guarded, marks, add_generation_prompt=False)
         ids: list[int] = []
         mask: list[bool] = []
         done = 0
@@ -99,14 +100,14 @@ class ChatFormat:
                 )
             # Encoded apart, since that is where generation will begin.
             prompt, reply = (
-                self._encode(text[done : len(before)], mark),
-                self._encode(text[len(before) : len(after)], mark),
+                self._encode(text[done : len(before)], marks),
+                self._encode(text[len(before) : len(after)], marks),
             )
             end = max((i + 1 for i, id in enumerate(reply) if id in self.tokenizer.control_ids), default=len(reply))
             ids += prompt + reply
             mask += [False] * len(prompt) + [i < end for i in range(len(reply))]
             done = len(after)
-        rest = self._encode(text[done:], mark)
+        rest = self._encode(text[done:], marks)
         return ids + rest, mask + [False] * len(rest)
 
     def message(self, ids: Sequence[int]) -> Message:
@@ -126,15 +127,24 @@ class ChatFormat:
         last = next(id for id, said in zip(reversed(ids), reversed(mask), strict=True) if said)
         return last if last in self.tokenizer.control_ids else None
 
-    def _guard(self, messages: Sequence[Message]) -> tuple[list[dict[str, str]], str]:
-        """The messages, checked, every control token's name broken behind its first character; and what breaks it."""
+    def _guard(self, messages: Sequence[Message]) -> tuple[list[dict[str, str]], _Marks]:
+        """The messages as texts, checked: control tokens' names broken behind their first character, media marked."""
         check_messages(messages)
-        taken = {*self.source, *self._names, *(c for message in messages for c in message["content"])}
-        mark = next(c for c in map(chr, range(0xE000, 0x110000)) if c not in taken)
+        taken = {*self.source, *self._names, *(c for message in messages for c in text_of(message["content"]))}
+        free = (c for c in map(chr, range(0xE000, 0x110000)) if c not in taken)
+        marks = _Marks(next(free), {kind: next(free) for kind in MEDIA_TOKENS})
+        for kind in {part["type"] for message in messages for part in media_parts(message["content"])}:
+            if missing := [name for name in MEDIA_TOKENS[kind] if name not in self.tokenizer.special_ids]:
+                raise ValueError(f"the tokenizer has no {missing[0]}, so a message can't hold {kind}")
         starts = re.compile(f"(?=(?:{self._names}))(.)", re.DOTALL)
-        return [
-            {"role": message["role"], "content": starts.sub(rf"\1{mark}", message["content"])} for message in messages
-        ], mark
+
+        def content(message: Message) -> str:
+            # Broken after joining: a name may be cut in two by the border of two parts.
+            parts = parts_of(message["content"])
+            whole = "".join(part["text"] if part["type"] == "text" else marks.media[part["type"]] for part in parts)
+            return starts.sub(rf"\1{marks.breaks}", whole)
+
+        return [{"role": message["role"], "content": content(message)} for message in messages], marks
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         try:
@@ -151,45 +161,54 @@ class ChatFormat:
         except Exception as error:  # a template is a program from elsewhere, and may raise whatever it likes
             raise ValueError(f"the chat template fails on this conversation: {type(error).__name__}: {error}") from None
 
-    def _check_controls(self, text: str, guarded: Sequence[Message], mark: str, add_generation_prompt: bool) -> None:
-        """`ValueError` if what people wrote had a say in the control tokens: the contents must not matter for them."""
+    def _check_controls(
+        self, text: str, guarded: Sequence[Message], marks: _Marks, add_generation_prompt: bool
+    ) -> None:
+        """`ValueError` if what people wrote had a say in the control tokens: the contents must not matter for them.
+
+        Nor may the template lose, double or reorder a picture or a sound.
+        """
         plain = [{**message, "content": "x" if message["content"].strip() else ""} for message in guarded]
-        pattern = self._controls(mark)
+        pattern = self._controls(marks)
         if pattern.findall(text) != pattern.findall(self._render(plain, add_generation_prompt)):
             raise ValueError(
                 "the chat template makes control tokens out of what a message says, which is not supported"
             )
+        media = re.compile(f"[{''.join(marks.media.values())}]")
+        given, written = (media.findall(whole) for whole in ("".join(m["content"] for m in guarded), text))
+        if given != written:
+            raise ValueError(
+                f"{len(given)} pictures and sounds are in the messages, and the chat template writes {len(written)}, "
+                "or in another order"
+            )
 
-    def _controls(self, mark: str) -> re.Pattern[str]:
+    def _controls(self, marks: _Marks) -> re.Pattern[str]:
         # A name of one character can't be broken inside: there the mark stands behind it.
-        return re.compile(f"((?:{self._names})(?!{mark}))")
+        return re.compile(f"((?:{self._names})(?!{marks.breaks}))")
 
-    def _encode(self, text: str, mark: str) -> list[int]:
-        return list(itertools.chain.from_iterable(self._pieces(text, mark)))
+    def _encode(self, text: str, marks: _Marks) -> list[int]:
+        return list(itertools.chain.from_iterable(self._pieces(text, marks)))
 
-    def _pieces(self, text: str, mark: str) -> Iterator[list[int]]:
-        """The ids of each control token and of the plain text between two of them."""
-        for place, piece in enumerate(self._controls(mark).split(text)):
+    def _pieces(self, text: str, marks: _Marks) -> Iterator[list[int]]:
+        """The ids of each control token, each medium, and of the plain text between two of them."""
+        kinds = {mark: kind for kind, mark in marks.media.items()}
+        for place, piece in enumerate(self._controls(marks).split(text)):
             if place % 2:
                 yield [self._ids[piece]]
-            elif piece:
-                yield self.tokenizer.encode(piece.replace(mark, ""))
+                continue
+            for part in re.split(f"([{''.join(kinds)}])", piece):
+                if part in kinds:
+                    yield [self.tokenizer.special_ids[name] for name in MEDIA_TOKENS[kinds[part]]]
+                elif part:
+                    yield self.tokenizer.encode(part.replace(marks.breaks, ""))
 
 
-def check_messages(messages: Sequence[Message]) -> None:
-    """Raise `ValueError` that says which message is none, and why."""
-    if isinstance(messages, str | Mapping) or not messages:
-        raise ValueError('messages: give a list of at least one {"role": …, "content": …}')
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, Mapping):
-            raise ValueError(f'message {number} is {message!r}: give {{"role": …, "content": …}}')
-        unknown = sorted(message.keys() - {"role", "content"})
-        if unknown:
-            raise ValueError(f"message {number} has the unknown key {unknown[0]!r}: give role and content")
-        if message.get("role") not in ROLES:
-            raise ValueError(f"message {number} has role {message.get('role')!r}: choose among {', '.join(ROLES)}")
-        if not isinstance(message.get("content"), str):
-            raise ValueError(f"message {number} has content {message.get('content')!r}: give a text")
+@dataclass(frozen=True)
+class _Marks:
+    """Characters that occur nowhere in a conversation: what breaks control names, and what stands for media."""
+
+    breaks: str
+    media: Mapping[str, str]
 
 
 def _name(tokenizer: Tokenizer, id: int) -> str:

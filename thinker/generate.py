@@ -17,6 +17,7 @@ import numpy as np
 
 from .decode.decoder import Decoder
 from .sampling import Draws, Sampling
+from .stop_strings import StopStrings
 from .tokenizer import Tokenizer
 
 FinishReason = Literal["eos", "stop", "length"]
@@ -30,12 +31,15 @@ LONGEST_BURST = 64
 class Request:
     """One text to write. The prompt is tokens or embeddings (T, d_model); `echo` is shown before what is generated.
 
+    What embeddings stand for may be said by `stands_for` (T,): token ids, and numbers below -1 for pictures and sounds,
+    equal only where the same is at the same place. Then a slot that holds the beginning of it can be reused.
     Requests of equal prompt and sampling write different texts if their `number` differs. Without `eos_ids` only stop
     strings and lengths end a text. Raises `ValueError` for lengths and stop strings that mean nothing.
     """
 
     tokens: tuple[int, ...] = ()
     embeddings: np.ndarray | None = None
+    stands_for: tuple[int, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
     max_new_tokens: int = 64
     stop: tuple[str, ...] = ()
@@ -50,6 +54,15 @@ class Request:
             raise ValueError("a stop string is empty: every text would stop at once")
         if self.embeddings is not None and self.tokens:
             raise ValueError("a prompt is tokens or embeddings, got both")
+        if self.stands_for and (self.embeddings is None or len(self.stands_for) != len(self.embeddings)):
+            raise ValueError(
+                f"stands_for has {len(self.stands_for)} numbers for {self.length} embeddings: give one each"
+            )
+
+    @property
+    def written(self) -> tuple[int, ...]:
+        """The prompt's token ids, as far as they are known, without what stands for pictures and sounds."""
+        return tuple(id for id in self.stands_for if id >= 0) if self.stands_for else self.tokens
 
     @property
     def length(self) -> int:
@@ -100,42 +113,6 @@ class Piece:
     result: Generation | None = None
 
 
-class StopStrings:
-    """Text in, text out up to the stop string that is complete first, however the text was cut into pieces.
-
-    Only what may be the beginning of a stop string is held back. With "\\n\\n" a newline waits, and comes out together
-    with the next character unless that is a newline too. Of stop strings that end at the same place the longest counts.
-    """
-
-    def __init__(self, stop: Sequence[str]) -> None:
-        self._stop = tuple(stop)
-        self._held = ""
-        self.found = False
-
-    def push(self, text: str) -> str:
-        """What is certain to belong to the text now."""
-        self._held += text
-        hits = [(place + len(stop), place) for stop in self._stop if (place := self._held.find(stop)) >= 0]
-        if hits:
-            self.found = True
-            end = min(hits)[1]
-        else:
-            end = len(self._held) - self._beginning()
-        said, self._held = self._held[:end], "" if self.found else self._held[end:]
-        return said
-
-    def flush(self) -> str:
-        """What was held back, when nothing follows."""
-        said, self._held = self._held, ""
-        return said
-
-    def _beginning(self) -> int:
-        """Length of the longest end of the held text with which a stop string begins."""
-        longest = min(len(self._held), max(map(len, self._stop), default=0) - 1)
-        ends = (self._held[-length:] for length in range(longest, 0, -1))
-        return next((len(end) for end in ends if any(stop.startswith(end) for stop in self._stop)), 0)
-
-
 class Continuation:
     """A text while it grows token by token: what may be shown of it, and whether it is finished, and why."""
 
@@ -145,7 +122,7 @@ class Continuation:
         self._eos_ids, self._limit = request.eos_ids, limit
         self._stop = StopStrings(request.stop)
         self._characters = tokenizer.stream()
-        for id in request.tokens[-CONTEXT_FOR_TEXT:]:
+        for id in request.written[-CONTEXT_FOR_TEXT:]:
             self._characters.push(id)
 
     @property
@@ -278,9 +255,9 @@ class Engine:
             logits = self.decoder.prefill(slot, request.tokens[reused:])
             self._held[slot] = list(request.tokens)
         else:
-            logits = self.decoder.prefill(slot, embeddings=request.embeddings)
-            self._held[slot] = [-1] * request.length  # like no token
-        self._draws.begin(slot, request.sampling, request.number, request.tokens)
+            logits = self.decoder.prefill(slot, embeddings=request.embeddings[reused:])
+            self._held[slot] = list(request.stands_for) or [-1] * request.length  # like no token
+        self._draws.begin(slot, request.sampling, request.number, request.written)
         first = int(self._draws.draw([slot], logits[None])[0])
         continuation = Continuation(request, self.tokenizer, request.room(self.decoder.config.ctx_len))
         now = time.perf_counter()
@@ -291,8 +268,9 @@ class Engine:
         held = self._held[slot]
         if len(held) != self.decoder.length(slot):  # an interrupted call left it in between
             return 0
-        most = min(len(held), len(request.tokens) - 1)
-        return next((i for i in range(most) if held[i] != request.tokens[i]), max(most, 0))
+        wanted = request.stands_for or request.tokens
+        most = min(len(held), len(wanted) - 1)
+        return next((i for i in range(most) if held[i] != wanted[i]), max(most, 0))
 
     def _continue(self, slot: int, one: _Running, burst: int) -> list[int]:
         """Up to `burst` tokens for the only text there is, in one call."""

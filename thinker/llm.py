@@ -13,7 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, get_args, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, get_args, overload
 
 import numpy as np
 
@@ -22,11 +22,13 @@ from .decode.decoder import Decoder
 from .evaluate import Evaluation, Progress, evaluate
 from .formats import ModelFiles, Q8Tensor, open_model
 from .generate import Engine, Generation, Piece, Request
+from .messages import Message, check_messages, media_parts
 from .sampling import Sampling
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from .chat import ChatFormat, Message
+    from .attachments import Attachable, Reader
+    from .chat import ChatFormat
     from .model import ThinkerLM
 
 Backend = Literal["auto", "native", "torch"]
@@ -122,6 +124,12 @@ def load_parameters(model: ThinkerLM, tensors: Mapping[str, np.ndarray | Q8Tenso
             parameter.copy_(torch.from_numpy(wide))
 
 
+def holds_media(messages: Sequence[Message]) -> bool:
+    """Whether there is a picture or a sound in a conversation. Raises `ValueError` for messages that are none."""
+    check_messages(messages)
+    return any(media_parts(message["content"]) for message in messages)
+
+
 class LLM:
     """A model with its tokenizer. Made by `load`; for one thread."""
 
@@ -173,9 +181,9 @@ class LLM:
         if self._in_torch:
             return None
         from .decode.native import NativeUnavailable, open_native
-        from .decode.native.compiling import cache_folder
+        from .decode.native.kernels import member
 
-        if sys.stderr.isatty() and not any(cache_folder().rglob("*.nbc")):
+        if sys.stderr.isatty() and not member.is_kept:
             print("compiling the kernels for this processor, some 20 seconds, once", file=sys.stderr)
         quantised = self.files.dtype not in get_args(TorchType)
         int8 = self._dtype == "int8" or (self._dtype is None and quantised)
@@ -206,43 +214,75 @@ class LLM:
         eos_id = self.files.eos_ids[0] if self.files.eos_ids else None
         return ChatFormat(self.tokenizer, template, self.files.bos_id, eos_id)
 
+    @functools.cached_property
+    def reader(self) -> Reader:
+        """What turns pictures and sounds into the stream. Raises `ValueError` for a model without encoders."""
+        if self.files.modality is None:
+            raise ValueError(f"{self.files.path}: has no encoders, so it takes neither pictures nor sounds")
+        from .attachments import Reader
+
+        return Reader(self.files.modality, self.files.tensors["tok_emb.weight"], self.chat_format, str(self.files.path))
+
     # Speaking
 
     @overload
-    def generate(self, prompt: str, echo: bool = False, **options: Unpack[Options]) -> str: ...
+    def generate(
+        self, prompt: str, echo: bool = False, attach: Sequence[Attachable] = (), **options: Unpack[Options]
+    ) -> str: ...
 
     @overload
     def generate(
-        self, prompt: list[str] | tuple[str, ...], echo: bool = False, **options: Unpack[Options]
+        self,
+        prompt: list[str] | tuple[str, ...],
+        echo: bool = False,
+        attach: Sequence[Attachable] = (),
+        **options: Unpack[Options],
     ) -> list[str]: ...
 
     def generate(
-        self, prompt: str | list[str] | tuple[str, ...], echo: bool = False, **options: Unpack[Options]
+        self,
+        prompt: str | list[str] | tuple[str, ...],
+        echo: bool = False,
+        attach: Sequence[Attachable] = (),
+        **options: Unpack[Options],
     ) -> str | list[str]:
         """The continuation of a prompt, or of several at once, without eos and stop string; `echo` puts it in front.
+
+        With `attach`, files of pictures and sounds or parts of messages, every prompt is asked as a user's message, for
+        from conversations a model learns to see: attachments in front, or where `<|image|>` and `<|audio|>` stand.
 
         Options and their defaults: max_new_tokens=64, temperature=0 (greedy), top_k=0, top_p=1, min_p=0,
         repetition_penalty=1, penalize_prompt=True, temperature_last=False, seed=0, stop=(), ignore_eos=False.
         The text of a prompt doesn't depend on the others; one that is given twice gets two texts.
         """
         if isinstance(prompt, str):
-            return self.generations([prompt], echo, **options)[0].text
-        return [generation.text for generation in self.generations(prompt, echo, **options)]
+            return self.generations([prompt], echo, attach, **options)[0].text
+        return [generation.text for generation in self.generations(prompt, echo, attach, **options)]
 
     def generations(
-        self, prompts: list[str] | tuple[str, ...], echo: bool = False, **options: Unpack[Options]
+        self,
+        prompts: list[str] | tuple[str, ...],
+        echo: bool = False,
+        attach: Sequence[Attachable] = (),
+        **options: Unpack[Options],
     ) -> list[Generation]:
         """As `generate`, with why each text ended, counts and times."""
-        pieces = self.pieces(prompts, echo, **options)
+        pieces = self.pieces(prompts, echo, attach, **options)
         results = {piece.place: piece.result for piece in pieces if piece.result is not None}
         return [results[place] for place in range(len(prompts))]
 
-    def stream(self, prompt: str, echo: bool = False, **options: Unpack[Options]) -> Iterator[str]:
+    def stream(
+        self, prompt: str, echo: bool = False, attach: Sequence[Attachable] = (), **options: Unpack[Options]
+    ) -> Iterator[str]:
         """As `generate`, in pieces as they become certain; a character is never cut."""
-        return (piece.text for piece in self.pieces([prompt], echo, **options) if piece.text)
+        return (piece.text for piece in self.pieces([prompt], echo, attach, **options) if piece.text)
 
     def pieces(
-        self, prompts: list[str] | tuple[str, ...], echo: bool = False, **options: Unpack[Options]
+        self,
+        prompts: list[str] | tuple[str, ...],
+        echo: bool = False,
+        attach: Sequence[Attachable] = (),
+        **options: Unpack[Options],
     ) -> Iterator[Piece]:
         """The texts of several prompts as they grow, each one's last piece with its `Generation`."""
         if isinstance(prompts, str):
@@ -250,7 +290,12 @@ class LLM:
         seen: Counter[str] = Counter()
         requests = []
         for prompt in prompts:
-            request = self._request(self.encode(prompt), **options)
+            if attach:
+                from .attachments import question
+
+                request = self._reply_to([question(prompt, attach)], **options)
+            else:
+                request = self._request({"tokens": self.encode(prompt)}, **options)
             requests.append(dataclasses.replace(request, number=seen[prompt], echo=prompt if echo else ""))
             seen[prompt] += 1
         return self._noticed(self.engine.run(requests))
@@ -265,11 +310,18 @@ class LLM:
     def stream_chat(self, messages: Sequence[Message], **options: Unpack[Options]) -> Iterator[str]:
         """As `chat`, in pieces."""
         options.setdefault("max_new_tokens", 256)
-        request = self._request(tuple(self.chat_format.encode(messages)), **options)
-        end = self.chat_format.end_id
-        if end is not None and not options.get("ignore_eos"):
-            request = dataclasses.replace(request, eos_ids=request.eos_ids | {end})
+        request = self._reply_to(messages, **options)
         return (piece.text for piece in self._noticed(self.engine.run([request], reuse=True)) if piece.text)
+
+    def replies(self, conversations: Sequence[Sequence[Message]], **options: Unpack[Options]) -> list[str]:
+        """The replies to several conversations, as many at a time as there are slots."""
+        requests = [self._reply_to(messages, **options) for messages in conversations]
+        results = {piece.place: piece.result for piece in self.engine.run(requests) if piece.result is not None}
+        return [results[place].text for place in range(len(requests))]
+
+    def prompt_length(self, messages: Sequence[Message]) -> int:
+        """How many positions of the context a conversation takes before the reply."""
+        return self.reader.length(messages) if holds_media(messages) else len(self.chat_format.encode(messages))
 
     def evaluate(
         self,
@@ -290,9 +342,21 @@ class LLM:
         begins = bos_id is not None and (self.files.add_bos or not ids)
         return (bos_id, *ids) if begins and bos_id is not None else tuple(ids)
 
+    def _reply_to(self, messages: Sequence[Message], **options: Unpack[Options]) -> Request:
+        """The request for the assistant's reply; the end of its turn ends it."""
+        if holds_media(messages):
+            embeddings, stands_for = self.reader.prompt(messages)
+            request = self._request({"embeddings": embeddings, "stands_for": stands_for}, **options)
+        else:
+            request = self._request({"tokens": tuple(self.chat_format.encode(messages))}, **options)
+        end = self.chat_format.end_id
+        if end is not None and not options.get("ignore_eos"):
+            request = dataclasses.replace(request, eos_ids=request.eos_ids | {end})
+        return request
+
     def _request(
         self,
-        tokens: tuple[int, ...],
+        prompt: dict[str, Any],
         *,
         max_new_tokens: int = 64,
         stop: str | Sequence[str] = (),
@@ -300,7 +364,7 @@ class LLM:
         **sampling: float,
     ) -> Request:
         return Request(
-            tokens,
+            **prompt,
             sampling=Sampling(**sampling),  # type: ignore[arg-type]
             max_new_tokens=max_new_tokens,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import attend, rotate
-from .cache import KVCache
+from .cache import Cache, FixedCache, KVCache
 from .config import Activation, ThinkerConfig
 from .moe import Activate, MoE
 from .rope import rope_tables
@@ -104,7 +104,7 @@ class Attention(nn.Module):
         x: Tensor,
         rotation: tuple[Tensor, Tensor],
         visible: Tensor | None = None,
-        kv_cache: KVCache | None = None,
+        kv_cache: Cache | None = None,
     ) -> Tensor:
         """x (B, T, D) to (B, T, D). visible: see `attention.attend`; causality is in it where it is given."""
         q, k, v = self.project(x, rotation)
@@ -153,7 +153,7 @@ class Block(nn.Module):
         x: Tensor,
         rotation: tuple[Tensor, Tensor],
         visible: Tensor | None = None,
-        kv_cache: KVCache | None = None,
+        kv_cache: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """x (B, T, D) to (B, T, D) and the router's logits (B, T, E), None without experts."""
         y = self.attn(self.norm1(x), rotation, visible, kv_cache)
@@ -190,7 +190,9 @@ class ThinkerLM(nn.Module):
     def initialise(self) -> None:
         """Normal matrices; zero output projections and head, so that training starts from the identity.
 
-        A zero head starts at the loss of a uniform guess, log V. A tied one can't be zero: it is the embedding.
+        Zero branches let signals and gradients through any depth at first (arXiv 2003.04887, with zero matrices in
+        place of its scalars). A zero head (arXiv 2203.03466) starts at the loss of a uniform guess, log V. A tied one
+        can't be zero: it is the embedding.
         """
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
@@ -207,7 +209,7 @@ class ThinkerLM(nn.Module):
         embeddings: Tensor | None = None,
         attention_mask: Tensor | None = None,
         segments: Tensor | None = None,
-        kv_cache: KVCache | None = None,
+        kv_cache: Cache | None = None,
         return_router: bool = False,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
         """The stream after the final norm, (B, T, D), for any head.
@@ -291,9 +293,11 @@ class ThinkerLM(nn.Module):
         return self.tok_emb(tokens)
 
     def places(
-        self, B: int, T: int, attention_mask: Tensor | None, kv_cache: KVCache | None, device: torch.device
+        self, B: int, T: int, attention_mask: Tensor | None, kv_cache: Cache | None, device: torch.device
     ) -> tuple[Tensor, Tensor | None]:
         """Each token's position, (T,) or (B, T), and who sees whom, bool (B or 1, 1, T, S), None if plainly causal."""
+        if isinstance(kv_cache, FixedCache):
+            return kv_cache.places()
         if kv_cache is not None:
             if len(kv_cache.lengths) != B:
                 raise ValueError(f"the batch has {B} rows, its cache {len(kv_cache.lengths)}")

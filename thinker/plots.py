@@ -1,9 +1,16 @@
-"""Every picture that Thinker draws, each from plain numbers to a PNG file."""
+"""Every picture that Thinker draws, each from plain numbers to a PNG file. matplotlib is imported when one is drawn."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 INK, TRAIN, HELD_OUT = "#333333", "#9ab8d9", "#c2452d"
 
@@ -40,6 +47,70 @@ def loss_curve(
     handles = [pair for axes in (left, right) for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
     left.legend(*zip(*handles, strict=True), frameon=False, loc="lower left", ncols=2)
     figure.savefig(path)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture, uint8 (H, W) or (H, W, 3), or the log-mel frames of a sound (F, M), and what was looked at in it."""
+
+    values: np.ndarray
+    attention: np.ndarray  # (rows, columns) of patches, or (positions,) in time
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether it is frames of a sound."""
+        return self.attention.ndim == 1
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question about pictures and sounds, what is right, and what the model said."""
+
+    media: Sequence[Shown]
+    question: str
+    right: str
+    said: str
+
+
+def answered(path: Path, examples: Sequence[Example]) -> None:
+    """Examples with the model's answers as `path`: a column each, and in red what it attended to before it answered."""
+    from matplotlib.figure import Figure
+
+    tallest = max(len(example.media) for example in examples)
+    figure = Figure(figsize=(2.1 * len(examples), 2.2 * tallest + 1.2), dpi=120, layout="constrained")
+    grid = figure.subplots(tallest, len(examples), squeeze=False)
+    for column, example in enumerate(examples):
+        for row in range(tallest):
+            axes = grid[row, column]
+            axes.set_xticks([])
+            axes.set_yticks([])
+            if row >= len(example.media):
+                axes.set_visible(False)
+                continue
+            _show(axes, example.media[row])
+        exact = example.said.strip() == example.right.strip()
+        about = "" if exact else f"\n(right: {example.right})"
+        grid[0, column].set_title(f"{example.question}\n", fontsize=10, color=INK)
+        last = grid[len(example.media) - 1, column]
+        last.set_xlabel(f"{example.said}{about}", fontsize=13, color="#2c7a3f" if exact else HELD_OUT)
+    figure.suptitle("held out: question, what it saw and heard, its answer; red is what it attended to", fontsize=10)
+    figure.savefig(path)
+
+
+def _show(axes: Axes, shown: Shown) -> None:
+    """One picture or spectrogram, with attention as a red veil."""
+    height, width = (shown.values.T if shown.is_sound else shown.values).shape[:2]
+    extent = (0, width, 0, height)
+    if shown.is_sound:
+        axes.imshow(shown.values.T, origin="lower", cmap="gray_r", aspect="auto", extent=extent)
+    else:
+        axes.imshow(shown.values, cmap="gray", vmin=0, vmax=255, extent=extent, aspect="auto")
+    weights = np.atleast_2d(shown.attention) / max(float(shown.attention.max()), 1e-12)
+    veil = np.zeros((*weights.shape, 4))
+    veil[..., 0], veil[..., 3] = 0.85, 0.6 * weights
+    axes.imshow(veil, origin="upper", extent=extent, aspect="auto", interpolation="nearest")
+    axes.set_xlim(0, width)
+    axes.set_ylim(0, height)
 
 
 def smoothed(values: Sequence[float], weight: float = 0.95) -> list[float]:

@@ -1,10 +1,7 @@
 """From logits to the next token: repetition penalty, temperature, top-k, top-p, min-p, and seeded draws.
 
-One compiled sampler serves every decoder. A draw depends on (seed, request, token index) and the logits alone, so a
-text does not depend on its neighbours in a batch. Weights of candidates are whole numbers (probability relative to the
-largest, times 2^30): their sums are exact in any order, and nothing is sorted, because bisection finds the border of
-top-k and top-p. What is less likely than the likeliest candidate by a factor of 2^31 is never drawn.
-Log-probabilities and beams are not here.
+One compiled sampler, `sampling_kernels.py`, serves every decoder. A draw depends on (seed, request, token index) and
+the logits alone, so a text does not depend on its neighbours in a batch. Log-probabilities and beams are not here.
 """
 
 # V vocab_size, n texts drawn for together
@@ -13,18 +10,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-from numba import njit
 from numpy.typing import ArrayLike
+
+from .compiled.library import Kernel
 
 # Columns of the table of settings, one row a slot.
 TEMPERATURE, TOP_K, TOP_P, MIN_P, PENALTY, TEMPERATURE_LAST = range(6)
 # Columns of the table of keys: what one draw's random number depends on.
 SEED, REQUEST, INDEX = range(3)
-ONE = 1 << 30  # the weight of the likeliest candidate
-LOWEST = -(1 << 31)  # the rank of what can't be drawn
-BLOCK = 64  # candidates looked through at once
+
+KERNELS = Path(__file__).with_name("sampling_kernels.py")
+draw_rows = Kernel("thinker.sampling_kernels", "draw_rows", 9, [KERNELS])
 
 
 @dataclass(frozen=True)
@@ -91,12 +90,14 @@ class Draws:
 
     def draw(self, slots: ArrayLike, logits: np.ndarray) -> np.ndarray:
         """The next token of each slot for float32 logits (n, V): int64 (n,). Raises `ValueError` if none is finite."""
-        slots = np.asarray(slots, np.int64)
-        logits = np.require(logits, np.float32, ["C", "W"])  # one signature: a read-only array would compile another
+        slots = np.ascontiguousarray(slots, np.int64)
+        logits = np.require(logits, np.float32, ["C"])
         if logits.shape != (slots.size, self.seen.shape[1]):
             raise ValueError(f"logits have shape {logits.shape}: expected {(slots.size, self.seen.shape[1])}")
         tokens = np.empty(slots.size, np.int64)
-        draw_rows(slots, logits, self.settings, self.keys, self.seen, self.scratch, tokens)
+        arrays = (self.settings, self.keys, self.seen, self.scratch, tokens)
+        addresses = (array.ctypes.data for array in arrays)
+        draw_rows(slots.ctypes.data, slots.size, logits.ctypes.data, logits.shape[1], *addresses)
         return check_drawn(tokens)
 
 
@@ -105,216 +106,3 @@ def check_drawn(tokens: np.ndarray) -> np.ndarray:
     if tokens.size and tokens.min() < 0:
         raise ValueError("the logits hold no finite number: the model's weights are damaged or its training diverged")
     return tokens
-
-
-@njit(cache=True, error_model="numpy")
-def draw_rows(slots, logits, settings, keys, seen, scratch, tokens):  # type: ignore[no-untyped-def]
-    """Draw for each of n rows; -1 marks a row without a finite logit."""
-    scores = scratch[2].view(np.float32)
-    for row in range(slots.shape[0]):
-        slot = slots[row]
-        tokens[row] = draw_one(logits[row], settings[slot], keys[slot], seen[slot], scratch[0], scratch[1], scores)
-
-
-@njit(error_model="numpy")
-def draw_one(logits, settings, key, seen, order, weights, scores):  # type: ignore[no-untyped-def]
-    """Draw one token from logits (V,), mark it as seen, and move the key to the next index.
-
-    The last three are work space (V,): int32, int32, float32.
-    """
-    largest = rank(logits, np.float32(settings[PENALTY]), seen, scores, order)
-    token = -1
-    if largest != LOWEST:
-        if settings[TEMPERATURE] == 0:
-            token = first_equal(order, largest)
-        else:
-            least = truncate(scores, order, weights, largest, settings)
-            token = pick(weights, least, random_bits(key[SEED], key[REQUEST], key[INDEX]))
-    if token >= 0:
-        seen[token] = 1
-    key[INDEX] += np.uint64(1)
-    return token
-
-
-@njit(error_model="numpy")
-def rank(logits, penalty, seen, scores, order):  # type: ignore[no-untyped-def]
-    """Penalised scores, and whole numbers in the same order, so that comparing needs no care; the largest of these.
-
-    -inf and NaN get the lowest number there is: they are never drawn.
-    """
-    zero, one = np.float32(0), np.float32(1)
-    for i in range(logits.shape[0]):
-        scores[i] = logits[i] + zero  # -0 becomes 0, its equal
-    if penalty != one:
-        for i in range(logits.shape[0]):
-            if seen[i]:
-                scores[i] = scores[i] * penalty if scores[i] < zero else scores[i] / penalty
-    largest = np.int32(LOWEST)
-    for i in range(logits.shape[0]):
-        ordered = flip(np.float32(scores[i]).view(np.int32))
-        order[i] = ordered if scores[i] > np.float32(-np.inf) else np.int32(LOWEST)
-        largest = max(largest, order[i])
-    return largest
-
-
-@njit(error_model="numpy")
-def flip(bits):  # type: ignore[no-untyped-def]
-    """A float's bits as a whole number in the floats' order, and back: bits of negative floats fall as these grow."""
-    return np.int32(bits ^ ((bits >> 31) & 0x7FFFFFFF))
-
-
-@njit(error_model="numpy")
-def first_equal(order, value):  # type: ignore[no-untyped-def]
-    """The lowest id of those that have the value, -1 if none has."""
-    start = 0
-    while start + BLOCK < order.shape[0]:
-        found = False
-        for i in range(start, start + BLOCK):
-            found |= order[i] == value
-        if found:
-            break
-        start += BLOCK
-    for i in range(start, order.shape[0]):
-        if order[i] == value:
-            return i
-    return -1
-
-
-@njit(error_model="numpy")
-def truncate(scores, order, weights, largest, settings):  # type: ignore[no-untyped-def]
-    """Weigh the candidates; top-k, top-p and min-p leave those that weigh at least what this returns."""
-    top = np.int32(flip(largest)).view(np.float32)
-    last = settings[TEMPERATURE_LAST] != 0
-    temperature = np.float32(max(settings[TEMPERATURE], 1e-30))
-    weigh(scores, top, np.float32(1) if last else temperature, weights)
-    least = np.int64(1)
-    if 0 < settings[TOP_K] < scores.shape[0]:
-        among = np.int32(kth_largest(order, largest, np.int64(settings[TOP_K])))
-        for i in range(scores.shape[0]):
-            weights[i] = weights[i] if order[i] >= among else np.int32(0)
-    if settings[TOP_P] < 1:
-        least = least_in_mass(weights, settings[TOP_P])
-    least = max(least, np.int64(math.ceil(settings[MIN_P] * ONE)))
-    if last:
-        for i in range(scores.shape[0]):
-            scores[i] = scores[i] if weights[i] >= least else np.float32(-np.inf)
-        weigh(scores, top, temperature, weights)
-        least = np.int64(1)
-    return least
-
-
-@njit(error_model="numpy")
-def weigh(scores, top, temperature, weights):  # type: ignore[no-untyped-def]
-    """exp((score - top) / temperature) times 2^30, rounded to whole numbers."""
-    # exp(x) = 2^n exp(r) with |r| <= ln(2) / 2, exp(r) by its Taylor series: plain arithmetic that compiles to vectors.
-    for i in range(scores.shape[0]):
-        x = (scores[i] - top) / temperature
-        x = x if x > np.float32(-30) else np.float32(-30)  # NaN and -inf too; exp(-30) 2^30 rounds to 0
-        n = np.int32(x * np.float32(1.44269504) - np.float32(0.5))  # towards zero: to the nearest, as x <= 0
-        r = x - np.float32(n) * np.float32(0.693359375) + np.float32(n) * np.float32(2.12194440e-4)
-        power = np.float32(1 / 5040)
-        power = power * r + np.float32(1 / 720)
-        power = power * r + np.float32(1 / 120)
-        power = power * r + np.float32(1 / 24)
-        power = power * r + np.float32(1 / 6)
-        power = power * r + np.float32(1 / 2)
-        power = power * r + np.float32(1)
-        power = power * r + np.float32(1)
-        scale = np.int32((n + 157) << 23).view(np.float32)  # 2^(n + 30) by its bits
-        weights[i] = np.int32(power * scale + np.float32(0.5))
-
-
-@njit(error_model="numpy")
-def kth_largest(order, largest, k):  # type: ignore[no-untyped-def]
-    """A number that exactly k candidates reach, or the k-th largest itself if others equal it; by bisection."""
-    low, high = np.int64(LOWEST), np.int64(largest) + 1  # at least k reach `low`, fewer reach `high`
-    while high - low > 1:
-        middle = np.int32((low + high) >> 1)
-        count = np.int32(0)
-        for i in range(order.shape[0]):
-            count += np.int32(order[i] >= middle)
-        if count < k:
-            high = np.int64(middle)
-        else:
-            low = np.int64(middle)
-            if count == k:
-                break
-    return low
-
-
-@njit(error_model="numpy")
-def least_in_mass(weights, share):  # type: ignore[no-untyped-def]
-    """From which weight on the fewest largest candidates reach a share of the sum (arXiv 1904.09751).
-
-    Equals at the border beyond those that are needed get weight 0.
-    """
-    low, high = np.int64(1), np.int64(ONE + 1)
-    enough, less = mass_from(weights, low), np.int64(0)  # the sums from `low` and from `high` on
-    wanted = min(max(np.int64(math.ceil(share * enough)), 1), enough)
-    # The geometric middle, as weights span nine decades; done when a single candidate, or equals, are left between.
-    while high - low > 1 and enough - less >= 2 * low:
-        middle = min(max(np.int64(math.sqrt(low * high)), low + 1), high - 1)
-        mass = mass_from(weights, middle)
-        if mass >= wanted:
-            low, enough = middle, mass
-        else:
-            high, less = middle, mass
-    needed = -((less - wanted) // low)
-    if enough - less >= (needed + 1) * low:
-        for i in range(weights.shape[0]):
-            if weights[i] == low:
-                needed -= 1
-                if needed < 0:
-                    weights[i] = 0
-    return low
-
-
-@njit(error_model="numpy")
-def mass_from(weights, least):  # type: ignore[no-untyped-def]
-    """The sum of the weights that are at least `least`."""
-    mass, least = np.int64(0), np.int32(least)
-    for i in range(weights.shape[0]):
-        mass += weights[i] if weights[i] >= least else np.int32(0)
-    return mass
-
-
-@njit(error_model="numpy")
-def pick(weights, least, bits):  # type: ignore[no-untyped-def]
-    """The candidate at which the running sum of the weights passes a uniform random part of their total."""
-    total = mass_from(weights, least)
-    # The upper half of the product bits * total, each split into halves of 32 bits: total < 2^62.
-    mask, half = np.uint64(0xFFFFFFFF), np.uint64(32)
-    mass = np.uint64(total)
-    low = (bits & mask) * (mass & mask)
-    middle = (bits >> half) * (mass & mask) + (low >> half)
-    cross = (bits & mask) * (mass >> half) + (middle & mask)
-    target = np.int64((bits >> half) * (mass >> half) + (middle >> half) + (cross >> half))  # 0 <= target < total
-    start, passed, least = 0, np.int64(0), np.int32(least)
-    while start + BLOCK < weights.shape[0]:
-        block = np.int64(0)
-        for i in range(start, start + BLOCK):
-            block += weights[i] if weights[i] >= least else np.int32(0)
-        if passed + block > target:
-            break
-        passed += block
-        start += BLOCK
-    for i in range(start, weights.shape[0]):
-        passed += weights[i] if weights[i] >= least else np.int32(0)
-        if passed > target:
-            return i
-    return -1
-
-
-@njit(error_model="numpy")
-def random_bits(seed, request, index):  # type: ignore[no-untyped-def]
-    """64 random bits: Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011)."""
-    mask, half = np.uint64(0xFFFFFFFF), np.uint64(32)
-    k0, k1 = seed & mask, seed >> half
-    c0, c1, c2, c3 = index & mask, index >> half, request & mask, request >> half
-    for _ in range(10):
-        a = np.uint64(0xD2511F53) * c0
-        b = np.uint64(0xCD9E8D57) * c2
-        c0, c1, c2, c3 = (b >> half) ^ c1 ^ k0, b & mask, (a >> half) ^ c3 ^ k1, a & mask
-        k0 = (k0 + np.uint64(0x9E3779B9)) & mask
-        k1 = (k1 + np.uint64(0xBB67AE85)) & mask
-    return (c1 << half) | c0

@@ -147,7 +147,7 @@ def practice(config: ThinkerConfig, settings: TrainConfig) -> Run:
     from ..model import ThinkerLM
     from ..tokenizer import SMALLEST_VOCABULARY, Tokenizer
     from ..train.decide import choose_device, decide
-    from ..train.run import assemble
+    from ..train.start import assemble
 
     device = choose_device(settings.device)
     rows = settings.batch_size * settings.accumulate

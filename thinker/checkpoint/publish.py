@@ -19,16 +19,17 @@ from ..config import ThinkerConfig
 from ..formats.huggingface import expressible, open_tensors, to_huggingface
 from ..formats.huggingface_config import disagreement, family_of, read_config, write_config
 from ..formats.huggingface_tokenizer import put_bos_in_front, read_text_files, write_tokenizer_config
-from ..formats.model_files import ModelFiles
+from ..formats.model_files import Modality, ModelFiles
 from ..formats.tensors import LazyTensors
 from .files import read_json, remove_leftovers, write_json, write_text
 from .reader import read_safetensors, widen
-from .training import TrainingState, latest, load
+from .training import TrainingState, latest, load, to_publish
 from .writer import write_safetensors
 
 STEP = "thinker_step"
 WEIGHTS, CONFIG, GENERATION, OWN = "model.safetensors", "config.json", "generation_config.json", "thinker.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+MODALITY, SENSES = "modality.safetensors", "modality.json"
 DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -67,8 +68,8 @@ class Publication:
 
 
 def publish(run_dir: Path) -> Path:
-    """Make the view from the newest exact state of a run, and return that state's folder."""
-    path = latest(run_dir)
+    """Make the view from the best exact state of a run, or the newest, and return that state's folder."""
+    path = to_publish(run_dir)
     if path is None:
         raise ValueError(f"{run_dir}: has no whole state in training/ to publish from")
     publish_state(run_dir, load(path))
@@ -78,7 +79,12 @@ def publish(run_dir: Path) -> Path:
 def publish_state(folder: Path, state: TrainingState) -> None:
     """Make the view of one exact state."""
     publication = Publication.from_json(state.state.get("publication") or {}, str(state.path))
-    write_view(folder, state.step, state.config, state.parameters, publication, state.tokenizer_json)
+    modality = None
+    if state.modality is not None:
+        from ..modality.settings import SensesConfig
+
+        modality = Modality(SensesConfig.from_mapping(state.state["senses"], str(state.path)), state.modality)
+    write_view(folder, state.step, state.config, state.parameters, publication, state.tokenizer_json, modality)
 
 
 def write_view(
@@ -88,6 +94,7 @@ def write_view(
     parameters: Mapping[str, np.ndarray],
     publication: Publication,
     tokenizer_json: str | None,
+    modality: Modality | None = None,
 ) -> None:
     """Write every file of a view. NaN in the parameters and values beyond the dtype's range raise `ValueError`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,6 +125,7 @@ def write_view(
         "only_thinker_because": expressible(config),
         "dtype": dtype,
         "config": json.loads(config.model_dump_json()),
+        "senses": list(modality.config.kinds) if modality is not None else [],
     }
     # The weights come first and thinker.json last: whatever is replaced between them, a kill leaves two steps to see.
     metadata = {"format": "pt", "step": str(step)}
@@ -127,6 +135,9 @@ def write_view(
     if tokenizer_json is not None:
         write_text(folder / TOKENIZER, tokenizer_json)
         write_json(folder / TOKENIZER_CONFIG, texts | {STEP: step})
+    if modality is not None:
+        write_safetensors(folder / MODALITY, modality.tensors, metadata)
+        write_json(folder / SENSES, modality.config.to_json() | {STEP: step})
     write_json(folder / OWN, own)
 
 
@@ -155,8 +166,8 @@ def fold_layer_scale(
 
 
 def repair(run_dir: Path) -> bool:
-    """Publish again when the view is not that of the newest exact state; whether that was necessary."""
-    path = latest(run_dir)
+    """Publish again when the view is not that of the state to publish; whether that was necessary."""
+    path = to_publish(run_dir)
     if path is None:
         return False
     if _inconsistency(run_dir) is None and _step_of(run_dir / OWN) == load(path).step:
@@ -196,14 +207,25 @@ def open_run(folder: Path) -> ModelFiles:
         path=folder,
         dtype=next(iter(weights.dtype(name).name for name in weights)),
         step=_step_of(folder / OWN),
+        modality=_open_modality(folder) if own.get("senses") else None,
         **read_text_files(folder, values, config.vocab_size),
     )
+
+
+def _open_modality(folder: Path) -> Modality:
+    from ..modality.settings import SensesConfig
+
+    values = read_json(folder / SENSES)
+    values.pop(STEP, None)
+    return Modality(SensesConfig.from_mapping(values, str(folder / SENSES)), dict(read_safetensors(folder / MODALITY)))
 
 
 def _inconsistency(folder: Path) -> str | None:
     """What is wrong with a view: a file missing, or files of different steps. None when it is whole."""
     needed = (WEIGHTS, CONFIG, OWN)
     missing = [name for name in needed if not (folder / name).exists()]
+    if not missing and read_json(folder / OWN).get("senses"):
+        missing = [name for name in (MODALITY, SENSES) if not (folder / name).exists()]
     if missing:
         return f"{missing[0]} is missing"
     steps = {WEIGHTS: _step_of(folder / WEIGHTS)}
@@ -212,7 +234,7 @@ def _inconsistency(folder: Path) -> str | None:
         raise ValueError(
             f"{folder / WEIGHTS}: was not written by Thinker, {OWN} was; delete {OWN} to open the folder without it"
         )
-    optional = (name for name in (GENERATION, TOKENIZER_CONFIG) if (folder / name).exists())
+    optional = (name for name in (GENERATION, TOKENIZER_CONFIG, MODALITY, SENSES) if (folder / name).exists())
     steps |= {name: _step_of(folder / name) for name in (CONFIG, *optional, OWN)}
     known = {name: step for name, step in steps.items() if step is not None}
     other = next((name for name in known if known[name] != known[WEIGHTS]), None)
@@ -221,7 +243,7 @@ def _inconsistency(folder: Path) -> str | None:
 
 def _step_of(path: Path) -> int | None:
     """The step that a file of the view carries; None if another program wrote it."""
-    if path.name == WEIGHTS:
+    if path.suffix == ".safetensors":
         text = read_safetensors(path).metadata.get("step", "")
         return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
     step = read_json(path).get(STEP)

@@ -24,9 +24,10 @@ from .reader import read_safetensors
 from .writer import write_safetensors
 
 FOLDER = "training"
-PARAMETERS, OPTIMIZER, STATE, TOKENIZER = (
+PARAMETERS, OPTIMIZER, MODALITY, STATE, TOKENIZER = (
     "parameters.safetensors",
     "optimizer.safetensors",
+    "modality.safetensors",
     "state.json",
     "tokenizer.json",
 )
@@ -44,6 +45,7 @@ class TrainingState:
     optimizer: Mapping[str, np.ndarray]
     state: dict[str, Any]
     tokenizer_json: str | None
+    modality: Mapping[str, np.ndarray] | None = None  # encoders and projectors, which state["senses"] describes
 
 
 def save(
@@ -54,15 +56,18 @@ def save(
     state: Mapping[str, Any],
     *,
     tokenizer_json: str | None = None,
+    modality: Mapping[str, np.ndarray] | None = None,
     keep: int = 2,
 ) -> Path:
-    """Save one state and return its folder; afterwards only the newest `keep` states stay.
+    """Save one state and return its folder; afterwards only the newest `keep` states stay, and the best.
 
-    `state` is anything JSON holds and has the architecture under "config". Parameters must be those of the architecture
+    `state` is anything JSON holds and has the architecture under "config", and under "senses" that of encoders and
+    projectors if there is any `modality`. Parameters must be those of the architecture
     in float32. NaN, infinity and a newer state in the same run raise `ValueError`, and nothing older is lost.
     """
     assert step >= 0, step
     assert keep >= 1, keep
+    assert (modality is None) == (state.get("senses") is None), "tensors and configuration of senses go together"
     config = ThinkerConfig.from_mapping(state["config"], "state")
     training = run_dir / FOLDER
     training.mkdir(parents=True, exist_ok=True)
@@ -80,6 +85,8 @@ def save(
         metadata = {"step": str(step)}
         write_safetensors(temporary / PARAMETERS, parameters, metadata)
         write_safetensors(temporary / OPTIMIZER, optimizer, metadata)
+        if modality is not None:
+            write_safetensors(temporary / MODALITY, modality, metadata)
         if tokenizer_json is not None:
             write_text(temporary / TOKENIZER, tokenizer_json)
         write_json(temporary / STATE, {**state, "step": step})
@@ -90,7 +97,7 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync(training)
-    _prune(training, keep)
+    _prune(training, keep, best_step(state))
     return path
 
 
@@ -100,6 +107,21 @@ def latest(run_dir: Path) -> Path | None:
         if _is_whole(path):
             return path
     return None
+
+
+def to_publish(run_dir: Path) -> Path | None:
+    """The state that others shall see: the best one by held-out loss, if the run looks for one, else the newest."""
+    newest = latest(run_dir)
+    best = best_step(load(newest).state) if newest is not None else None
+    if best is None:
+        return newest
+    of_best = [path for step, _, path in sorted(_states(run_dir / FOLDER)) if step == best and _is_whole(path)]
+    return of_best[-1] if of_best else newest
+
+
+def best_step(state: Mapping[str, Any]) -> int | None:
+    """The step with the lowest held-out loss so far, where a state knows one."""
+    return (state.get("best") or {}).get("step")
 
 
 def load(path: Path) -> TrainingState:
@@ -112,7 +134,8 @@ def load(path: Path) -> TrainingState:
         raise ValueError(f"{path / STATE}: has no config")
     config = ThinkerConfig.from_mapping(values["config"], str(path / STATE))
     parameters, optimizer = read_safetensors(path / PARAMETERS), read_safetensors(path / OPTIMIZER)
-    for file in (parameters, optimizer):
+    modality = read_safetensors(path / MODALITY) if values.get("senses") is not None else None
+    for file in (parameters, optimizer, *([] if modality is None else [modality])):
         if file.metadata.get("step") != str(step):
             raise ValueError(f"{file.path}: belongs to step {file.metadata.get('step')}, {STATE} to step {step}")
     _check_parameters(config, parameters, str(path / PARAMETERS))
@@ -125,6 +148,7 @@ def load(path: Path) -> TrainingState:
         optimizer=optimizer,
         state=values,
         tokenizer_json=read_text(tokenizer) if tokenizer.exists() else None,
+        modality=modality,
     )
 
 
@@ -159,13 +183,14 @@ def _fresh_name(training: Path, step: int) -> Path:
     return training / (f"step-{step:08d}.{max(taken) + 1}" if taken else f"step-{step:08d}")
 
 
-def _prune(training: Path, keep: int) -> None:
-    """Delete the older whole states. First a rename, so that a kill leaves no half of one under a finished name.
+def _prune(training: Path, keep: int, best: int | None) -> None:
+    """Delete the older whole states but the best. First a rename, so that a kill leaves no half of one behind.
 
     What can't be read stays: the trouble may be the disk's, and pass.
     """
-    whole = [path for _, _, path in sorted(_states(training), reverse=True) if _is_whole(path)]
-    for path in whole[keep:]:
+    whole = [(step, path) for step, _, path in sorted(_states(training), reverse=True) if _is_whole(path)]
+    spared = next((path for step, path in whole if step == best), None)
+    for path in (path for _, path in whole[keep:] if path != spared):
         doomed = temporary_name(path)
         os.rename(path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)

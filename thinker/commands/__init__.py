@@ -25,6 +25,7 @@ COMMANDS = {
     "generate": "continue a text",
     "chat": "hold a conversation",
     "eval": "loss, perplexity and bits per byte of a text",
+    "encode": "features of pictures and sounds, computed once",
     "export": "write a GGUF file for llama.cpp",
     "bench": "how fast this machine runs a model, beside its own limits",
     "doctor": "prove that a model computes the same wherever it runs",

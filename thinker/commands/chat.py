@@ -22,6 +22,7 @@ from .lines import Entry, read_entry, typed_lines
 
 HINT = "/reset begins anew, /quit (or Ctrl-D) leaves, Ctrl-C stops a reply, /help tells more"
 HELP = """\
+/attach FILE    show a picture or play a sound with the next message
 /reset          begin anew; the system message stays
 /system TEXT    tell the model what to be; without TEXT take that away
 /save FILE      add the conversation to FILE, as a line that thinker train --chat reads
@@ -39,6 +40,9 @@ class Options(BaseModel):
         description="a Thinker directory, a Hugging Face folder, or a .gguf file"
     )
     system: str = Field("", description="what the model is told before the conversation")
+    attach: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = Field(
+        (), description="a picture or a sound that goes with the first message"
+    )
     max_new_tokens: int = Field(512, description="longest reply")
     temperature: float = Field(0.7, description="0 always takes the likeliest token; 1 draws as the model predicts")
     top_k: int = Field(0, description="draw among the k likeliest tokens; 0 is off")
@@ -64,6 +68,8 @@ def run(options: Options) -> int:
         seed=options.seed,
     )
     conversation = Conversation(llm, writing, notice, options.system)  # complains before the first line is typed
+    for file in options.attach:
+        conversation.attach(file)
     interactive = sys.stdin.isatty()
     if interactive:
         print(HINT, file=sys.stderr)
@@ -96,6 +102,11 @@ def obey(entry: Entry, conversation: Conversation, interactive: bool) -> None:
     elif command == "/system":
         conversation.tell(argument)
         done = "from here on the model is told so" if argument else "the model is told nothing from here on"
+    elif command == "/attach":
+        if not argument:
+            raise ValueError("/attach needs the name of a file")
+        conversation.attach(Path(argument))
+        done = f"{argument} goes with the next message"
     elif command == "/save":
         if not argument:
             raise ValueError("/save needs the name of a file")

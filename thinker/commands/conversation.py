@@ -10,11 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 from ..llm import LLM, Notice
 from ..llm import Options as Writing
+from ..messages import text_of
 
-Said = dict[str, str]
+Said = dict[str, Any]
+Content = str | list[Said]
 
 SHOWN = 40  # characters by which an exchange is recognised
 
@@ -27,6 +30,7 @@ class Conversation:
         self._exchanges: list[tuple[Said, Said]] = []
         self._first = 0  # of the exchanges that the model still sees
         self._system = ""
+        self._attached: list[Said] = []
         self.tell(system)
 
     def tell(self, system: str) -> None:
@@ -38,9 +42,17 @@ class Conversation:
             self._system = before
             raise
 
+    def attach(self, file: Path) -> None:
+        """Have a picture or a sound go with the next message. Raises `ValueError` for one that can't be used."""
+        from ..modality.media import attachment
+
+        part = attachment(file.expanduser().resolve())  # so that a saved conversation finds it from anywhere
+        self._llm.prompt_length([{"role": "user", "content": [part]}])
+        self._attached.append(part)
+
     def reset(self) -> None:
-        """Forget every exchange; the system message stays."""
-        self._exchanges, self._first = [], 0
+        """Forget every exchange and what waits for the next; the system message stays."""
+        self._exchanges, self._first, self._attached = [], 0, []
 
     def save(self, path: Path) -> int:
         """Append the whole conversation to a file as one line that `thinker train --chat` reads; how many exchanges.
@@ -59,8 +71,10 @@ class Conversation:
 
     def ask(self, text: str) -> Generator[str, None, None]:
         """The reply as it comes. Broken off, what came counts. Raises `ValueError` if the message alone is too long."""
-        self._make_room(text)
-        question = {"role": "user", "content": text}
+        content = [*self._attached, {"type": "text", "text": text}] if self._attached else text
+        self._make_room(content)
+        question = {"role": "user", "content": content}
+        self._attached = []
         stream = self._llm.stream_chat([*self._messages(self._first), question], **self._writing)
         said: list[str] = []
         try:
@@ -74,12 +88,12 @@ class Conversation:
         beginning = [{"role": "system", "content": self._system}] if self._system else []
         return [*beginning, *(message for exchange in self._exchanges[first:] for message in exchange)]
 
-    def _length(self, text: str, first: int | None = None) -> int:
+    def _length(self, content: Content, first: int | None = None) -> int:
         """Tokens of the prompt, with exchanges from `first` on."""
         seen = self._messages(self._first if first is None else first)
-        return len(self._llm.chat_format.encode([*seen, {"role": "user", "content": text}]))
+        return self._llm.prompt_length([*seen, {"role": "user", "content": content}])
 
-    def _make_room(self, text: str) -> None:
+    def _make_room(self, content: Content) -> None:
         """Drop the oldest exchanges if a quarter of the context isn't free for the reply, and say so.
 
         Then as many go as make twice that room, so that it doesn't happen at every message: what is left is computed
@@ -87,16 +101,16 @@ class Conversation:
         """
         ctx_len, exchanges = self._llm.config.ctx_len, len(self._exchanges)
         reply = min(self._writing["max_new_tokens"], max(ctx_len // 4, 1))
-        alone = self._length(text, exchanges)
-        if alone >= ctx_len or self._length(text) + reply <= ctx_len:
+        alone = self._length(content, exchanges)
+        if alone >= ctx_len or self._length(content) + reply <= ctx_len:
             return
         first = self._first
-        while first < exchanges and self._length(text, first) + 2 * reply > ctx_len:
+        while first < exchanges and self._length(content, first) + 2 * reply > ctx_len:
             first += 1
         if first == self._first:
             return
         dropped, self._first = self._exchanges[self._first : first], first
-        oldest = " ".join(dropped[0][0]["content"].split())
+        oldest = " ".join(text_of(dropped[0][0]["content"]).split())
         self._notice(
             f"the context of {ctx_len} tokens is full: dropped the oldest "
             f"{'exchange' if len(dropped) == 1 else f'{len(dropped)} exchanges'}, "

@@ -1,19 +1,23 @@
-"""`thinker eval MODEL --data NAME|PATH …`: loss, perplexity and bits per byte of texts."""
+"""`thinker eval MODEL --data NAME|PATH …`: bits per byte of texts, or with --chat how many replies are exact."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
+from rich.console import Console
+from rich.progress import Progress
 
 from ..data.progress import byte_bar
 from ..data.sources import open_evaluation
 from ..evaluate import Evaluation
 from ..llm import LLM, Backend, DType, load
 from .generate import Flag, notice
+
+QUESTIONS_SHOWN = 6
 
 
 class Options(BaseModel):
@@ -25,6 +29,7 @@ class Options(BaseModel):
         description="a Thinker directory, a Hugging Face folder, or a .gguf file"
     )
     data: tuple[str, ...] = Field(min_length=1, description="named sets, files, folders or hub ids; each is reported")
+    chat: Annotated[bool, Flag] = Field(False, description="data are conversations: how many replies are exactly right")
     stride: int | None = Field(None, description="tokens by which the window moves on; unset means half the context")
     batch: int = Field(8, ge=1, description="windows that torch computes at once")
     ctx_len: int | None = Field(None, description="longest window in tokens; unset means the model's own")
@@ -36,6 +41,8 @@ class Options(BaseModel):
 
 def run(options: Options) -> int:
     """Evaluate one text after the other and print what came out on stdout."""
+    if options.chat:
+        return run_chats(options)
     texts = {name: list(open_evaluation(name)) for name in options.data}
     models = [load(options.model, options.backend, options.dtype, options.ctx_len, slots=1, notice=notice)]
     if options.compare is not None:
@@ -48,6 +55,36 @@ def run(options: Options) -> int:
                 result = llm.evaluate(pieces, options.stride, options.batch, progress)
                 rows.append(Row(name, llm.decoder.dtype, llm.decoder.weight_bytes, result))
     print(as_json(models[0], options, rows) if options.as_json else as_table(rows))
+    return 0
+
+
+def run_chats(options: Options) -> int:
+    """Ask everything that is held out and print the shares of exact replies."""
+    from ..answers import answers, by_question, conversations_of, share
+
+    if options.compare is not None:
+        raise ValueError("compare is for texts: drop it with --chat")
+    asked = {name: conversations_of(name) for name in options.data}
+    llm = load(options.model, options.backend, options.dtype, options.ctx_len, notice=notice)
+    report: dict[str, dict[str, Any]] = {}
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("asking", total=sum(map(len, asked.values())))
+        for name, conversations in asked.items():
+            given = answers(llm, conversations, progress=lambda count: bar.advance(task, count))
+            kinds = by_question(given)
+            report[name] = {"asked": len(given), "exact": share(given)}
+            if 1 < len(kinds) <= QUESTIONS_SHOWN:
+                report[name]["by_question"] = {words: share(some) for words, some in kinds.items()}
+    if options.as_json:
+        print(json.dumps({"model": str(llm.files.path), "exact_match": report}, ensure_ascii=False, indent=2))
+        return 0
+    width = max(map(len, report))
+    for name, row in report.items():
+        parts = ", ".join(f"{words} {value:.1%}" for words, value in row.get("by_question", {}).items())
+        print(
+            f"{name:{width}}  {row['exact']:6.1%} of {row['asked']:,} exactly right"
+            + (f"   ({parts})" if parts else "")
+        )
     return 0
 
 

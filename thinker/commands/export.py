@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import tyro
 from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 
-from ..certificate import POSITIONS, torch_logits, verify_gguf
+from ..certificate import POSITIONS, find_truth, verify_gguf
 from ..formats.gguf_export import ExportType, export_gguf
 from ..llm import load
 from .doctor import show
@@ -29,6 +30,7 @@ class Options(BaseModel):
     )
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.gguf")] = Field(description="the file")
     type: ExportType = Field("f16", description="how weights are stored; norms and routers stay in float32")
+    text_only: Annotated[bool, Flag] = Field(False, description="leave out encoders of pictures and sound, if any")
     force: Annotated[bool, Flag] = Field(False, description="replace OUT.gguf if it exists")
     check: bool = Field(True, description="compare with llama.cpp afterwards, where llama-cpp-python is installed")
 
@@ -40,9 +42,10 @@ def run(options: Options) -> int:
     if options.out.exists() and not options.force:
         raise ValueError(f"{options.out} exists: choose another name, or replace it with --force")
     llm = load(options.model, "torch", "float32", notice=notice)
+    files = dataclasses.replace(llm.files, modality=None) if options.text_only else llm.files
     with Console(stderr=True).status("exporting") as status:
         export_gguf(
-            llm.files,
+            files,
             options.out,
             options.type,
             progress=lambda done, total: status.update(f"exporting: {done} of {total} tensors"),
@@ -55,6 +58,6 @@ def run(options: Options) -> int:
             return 0
         status.update("comparing with llama.cpp")
         tokens = np.random.default_rng(0).integers(0, llm.config.vocab_size, min(POSITIONS, llm.config.ctx_len - 1))
-        checks = verify_gguf(options.out, llm, tokens, torch_logits(llm, tokens), exact=options.type == "f32")
+        checks = verify_gguf(options.out, llm, tokens, find_truth(llm, tokens), exact=options.type == "f32")
     show(f"{options.out} in llama.cpp", checks)
     return 1 if any(check.passed is False for check in checks) else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -26,6 +27,9 @@ class Options(BaseModel):
     # A tuple, since an optional text would read the prompt None as none at all.
     prompt: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[PROMPT]")] = Field(
         (), description="the text to continue; put -- in front of one that begins with a dash"
+    )
+    attach: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = Field(
+        (), description="a picture or a sound, in order of appearance; then the prompt is asked as a message"
     )
     max_new_tokens: int = Field(64, description="length of the continuation")
     temperature: float = Field(0.0, description="0 always takes the likeliest token; 1 draws as the model predicts")
@@ -50,6 +54,7 @@ def run(options: Options) -> int:
     pieces = llm.pieces(
         [prompt],
         echo=options.echo,
+        attach=options.attach,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_k=options.top_k,

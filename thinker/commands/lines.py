@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data.places import cache_folder
+from ..places import cache_folder
 
 QUOTES = '"""'
 KEPT_LINES = 1000

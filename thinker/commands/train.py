@@ -14,6 +14,7 @@ from rich.console import Console
 
 from ..config import ThinkerConfig
 from ..train.config import TrainConfig, read_settings
+from .generate import Flag
 
 SAVED_AND_ENDED = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -23,6 +24,8 @@ class OwnOptions(BaseModel):
 
     file: tyro.conf.Positional[Path | None] = Field(None, description="a configuration; comments are allowed")
     resume: bool = Field(False, description="go on from the newest state in OUT")
+    dry_run: Annotated[bool, Flag] = Field(False, description="only tell size, memory and time; 1 if it doesn't fit")
+    memory: str | None = Field(None, description="with --dry-run: the memory to fit, as 12GB; unset means what is free")
     json_report: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="print the report as JSON")
 
 
@@ -36,13 +39,16 @@ Options = create_model("Options", __base__=OwnOptions, __doc__=OwnOptions.__doc_
 
 
 def run(options: OwnOptions) -> int:
-    """Train, report, and say what to do next. Exit status 0, 1 when the run diverged, 130 or 143 when interrupted."""
+    """Train, report, and say what to do next.
+
+    Exit status 0, 1 when the run diverged or a dry run does not fit, 130 or 143 when interrupted.
+    """
     from ..checkpoint.training import latest
     from ..train.chat_summary import summarise_chats
     from ..train.decide import repeatable
     from ..train.loop import Diverged, fit
     from ..train.report import Reporter
-    from ..train.run import begin, resume
+    from ..train.start import begin, resume
     from ..train.summary import summarise
 
     console = Console(stderr=True, highlight=False)
@@ -53,6 +59,10 @@ def run(options: OwnOptions) -> int:
     own = set(OwnOptions.model_fields)
     flags = {name: getattr(options, name) for name in options.model_fields_set - own}
     config, settings, given = read_settings(options.file, flags)
+    if options.dry_run:
+        return _dry_run(options, config, settings, given)
+    if options.memory is not None:
+        raise ValueError(f"--memory {options.memory} is for --dry-run: add it, or drop --memory")
     began = time.monotonic()
     with repeatable(settings.threads):
         if options.resume:
@@ -75,8 +85,27 @@ def run(options: OwnOptions) -> int:
                 soft_wrap=True,
             )
             return SAVED_AND_ENDED[signal.Signals(ended_by)]
+        training.take_best(say)
         give_account = summarise_chats if training.settings.chat else summarise
         report = give_account(training, reporter.rows, console, time.monotonic() - began)
     if options.json_report:
         print(json.dumps(report, indent=2))
     return 0
+
+
+def _dry_run(options: OwnOptions, config: ThinkerConfig, settings: TrainConfig, given: set[str]) -> int:
+    """The report on stdout, progress on stderr; 1 when the run does not fit."""
+    from ..train.decide import repeatable
+    from ..train.dry_run import dry_run, read_size, show
+
+    if options.resume:
+        raise ValueError("--dry-run is about a new run: drop --resume")
+    memory = None if options.memory is None else read_size(options.memory)
+    console = Console(stderr=True, highlight=False)
+    with repeatable(settings.threads), console.status("preparing") as status:
+        report = dry_run(config, settings, given, memory, lambda line: status.update(f"{line} …"))
+    if options.json_report:
+        print(json.dumps(report.to_json(), indent=2))
+    else:
+        show(report, Console(highlight=False))
+    return 0 if report.fits else 1

@@ -8,18 +8,43 @@ takes of a batch is the training loop's matter: it slices.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 IGNORED = -100  # a target that the loss doesn't count
 
 
+@dataclass(frozen=True)
+class Rows:
+    """How many rows batch k has: `full`, but a quarter of them in the first half of `ramp` batches, then half.
+
+    Few rows are enough as long as gradients agree ("An Empirical Model of Large-Batch Training", arXiv 1812.06162).
+    """
+
+    full: int
+    ramp: int = 0
+
+    def of(self, k: int) -> int:
+        """The rows of batch k."""
+        return self.before(k + 1) - self.before(k)
+
+    def before(self, k: int) -> int:
+        """The rows of all batches before k. With 8 rows and a ramp of 4: 0, 2, 4, 8, 12, 20, 28, …"""
+        half = self.ramp // 2
+        quarters, halves, whole = min(k, half), min(max(k - half, 0), self.ramp - half), max(k - self.ramp, 0)
+        return quarters * max(1, self.full // 4) + halves * max(1, self.full // 2) + whole * self.full
+
+
 class Batches:
-    """Training batches of `rows` windows of `ctx_len` tokens, out of one long array of tokens. Raises `ValueError`."""
+    """Training batches of `rows` windows of `ctx_len` tokens, out of one long array of tokens. Raises `ValueError`.
+
+    The first `ramp` batches have fewer rows: see `Rows`.
+    """
 
     # W windows an epoch, R rows, T ctx_len
 
-    def __init__(self, tokens: np.ndarray, rows: int, ctx_len: int, seed: int) -> None:
+    def __init__(self, tokens: np.ndarray, rows: int, ctx_len: int, seed: int, ramp: int = 0) -> None:
         if len(tokens) < ctx_len + 1:
             raise ValueError(
                 f"{len(tokens):,} tokens found, at least {ctx_len + 1:,} needed for ctx_len {ctx_len}: "
@@ -30,7 +55,7 @@ class Batches:
         if not 0 <= seed < 1 << 64:
             raise ValueError(f"seed {seed} is out of range: choose 0 to {(1 << 64) - 1}")
         self._tokens = tokens
-        self._rows = rows
+        self._rows = Rows(rows, ramp)
         self._ctx_len = ctx_len
         self._seed = seed
         # The last token is only ever a target. One window less than would fit leaves room for the offset.
@@ -39,7 +64,7 @@ class Batches:
 
     def batch(self, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets of batch `k`, both (rows, ctx_len) int64; a target is the token after its input."""
-        number = np.arange(k * self._rows, (k + 1) * self._rows)  # of the window, counted through all epochs
+        number = np.arange(self._rows.before(k), self._rows.before(k + 1))  # of the window, counted through all epochs
         epoch, place = np.divmod(number, self.windows_per_epoch)
         starts = [self._starts(e)[p] for e, p in zip(epoch.tolist(), place.tolist(), strict=True)]
         windows = np.stack([self._tokens[start : start + self._ctx_len + 1] for start in starts])  # (R, T + 1)
@@ -47,12 +72,20 @@ class Batches:
 
     @property
     def tokens_per_batch(self) -> int:
-        """Places in a batch."""
-        return self._rows * self._ctx_len
+        """Places in a full batch."""
+        return self._rows.full * self._ctx_len
+
+    def tokens_in(self, k: int) -> int:
+        """Places in batch `k`."""
+        return self._rows.of(k) * self._ctx_len
+
+    def rows_in(self, k: int) -> int:
+        """Rows of batch `k`."""
+        return self._rows.of(k)
 
     def epochs(self, k: int) -> float:
         """How often the text has been seen before batch `k`."""
-        return k * self._rows / self.windows_per_epoch
+        return self._rows.before(k) / self.windows_per_epoch
 
     def _starts(self, epoch: int) -> np.ndarray:
         """Where the windows of an epoch begin, in the order in which they come: (W,) int64."""

@@ -19,12 +19,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..chat import Message, check_messages
+from ..messages import Message, check_messages, media_parts, text_of
+from ..modality.media import Medium, medium_of
+from .digits import DIGIT_SETS, DigitSet
 from .named import TRAINING_SETS
 from .questions import CHAT_SETS, StandardLibraryQuestions
 from .reading import Document, file_state, files_below, text_document
 from .split import HELD_OUT_TAIL, Split, held_out
 
+CHAT_NAMES = (*CHAT_SETS, *(name for name in DIGIT_SETS if ":" not in name))
 CHAT_SUFFIXES = frozenset({".jsonl"})
 SHOWN = 10  # places named in one line
 
@@ -47,6 +50,7 @@ class Conversation:
 
     where: str
     messages: tuple[Message, ...]
+    folder: Path | None = None  # where paths of pictures and sounds begin
 
     @property
     def key(self) -> str:
@@ -57,7 +61,12 @@ class Conversation:
     @property
     def size(self) -> int:
         """Bytes of what is said."""
-        return sum(len(message["content"].encode()) for message in self.messages)
+        return sum(len(text_of(message["content"]).encode()) for message in self.messages)
+
+    @property
+    def media(self) -> list[Medium]:
+        """Its pictures and sounds in order. Raises `ValueError` for what can't be one."""
+        return [medium_of(part, self.folder) for message in self.messages for part in media_parts(message["content"])]
 
 
 @dataclass(frozen=True)
@@ -159,7 +168,8 @@ class ChatSources:
         """What is said, each message a text, for a tokenizer to be trained on."""
         for item in self.sides():
             if not isinstance(item, Skipped) and item[0] == split:
-                yield from (text_document(message["content"]) for message in item[1].messages if message["content"])
+                texts = (text_of(message["content"]) for message in item[1].messages)
+                yield from (text_document(text) for text in texts if text)
 
     def fingerprint(self) -> list[Any]:
         return [source.fingerprint() for source in self.sources]
@@ -176,10 +186,11 @@ def open_chats(values: Sequence[str]) -> ChatSources:
     values = list(dict.fromkeys(values))
     if text := next((value for value in values if value in TRAINING_SETS), None):
         raise ValueError(
-            f"{text}: is text, no conversations: drop --chat, or name {', '.join(CHAT_SETS)} or a .jsonl file"
+            f"{text}: is text, no conversations: drop --chat, or name {', '.join(CHAT_NAMES)} or a .jsonl file"
         )
     sources: list[ChatSource] = [NamedChats(CHAT_SETS[value]) for value in values if value in CHAT_SETS]
-    if paths := [value for value in values if value not in CHAT_SETS]:
+    sources += [DigitChats(DIGIT_SETS[value]) for value in values if value in DIGIT_SETS]
+    if paths := [value for value in values if value not in CHAT_SETS | DIGIT_SETS]:
         sources.append(ChatFiles(paths))
     return ChatSources(tuple(sources))
 
@@ -198,6 +209,24 @@ class NamedChats(ChatSource):
         return self._made.fingerprint()
 
 
+class DigitChats(ChatSource):
+    """Pictures and sounds of digits, which say themselves what is held out."""
+
+    def __init__(self, made: DigitSet) -> None:
+        self.name, self._made = made.name, made
+
+    def everything(self) -> Iterator[Conversation]:
+        for _, where, messages in self._made.conversations:
+            yield Conversation(where, messages)
+
+    def sides(self) -> Iterator[tuple[Split, Conversation] | Skipped]:
+        for side, where, messages in self._made.conversations:
+            yield side, Conversation(where, messages)
+
+    def fingerprint(self) -> list[Any]:
+        return self._made.fingerprint()
+
+
 class ChatFiles(ChatSource):
     """Files of one conversation a line, {"messages": [{"role": …, "content": …}, …]}; other fields don't matter."""
 
@@ -211,7 +240,7 @@ class ChatFiles(ChatSource):
                 raise ValueError(f"{value}: no .jsonl file in this folder: conversations are read from such")
             if not path.exists():
                 raise ValueError(
-                    f"{value}: no such file or folder, and no named set of conversations ({', '.join(CHAT_SETS)})"
+                    f"{value}: no such file or folder, and no named set of conversations ({', '.join(CHAT_NAMES)})"
                 )
             if path.is_file() and path.suffix.lower() not in CHAT_SUFFIXES:
                 raise ValueError(f"{value}: with --chat give .jsonl files, one conversation a line under messages")
@@ -231,7 +260,7 @@ class ChatFiles(ChatSource):
                         continue
                     where = f"{path}, line {number}"
                     try:
-                        conversation = Conversation(where, messages_in(line))
+                        conversation = Conversation(where, messages_in(line), path.parent)
                     except ValueError as error:
                         refused.append((where, str(error)))
                         continue
@@ -255,7 +284,7 @@ def messages_in(line: bytes) -> tuple[Message, ...]:
         raise ValueError('needs a list under "messages"')
     check_messages(row["messages"])
     try:
-        "".join(message["content"] for message in row["messages"]).encode()
+        "".join(text_of(message["content"]) for message in row["messages"]).encode()
     except UnicodeEncodeError:
         raise ValueError("holds half a surrogate pair, which is no character") from None
     return tuple(row["messages"])

@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .places import cache_folder
+from ..places import cache_folder
 from .progress import byte_bar
 from .reading import Document, documents_of, file_state, files_below, text_document
 from .split import Source, Split, held_out

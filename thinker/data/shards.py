@@ -22,10 +22,10 @@ import numpy as np
 import tokenizers
 from rich.console import Console
 
+from ..places import cache_folder
 from ..tokenizer import KINDS, Tokenizer
 from . import store
 from .batches import Batches, Windows
-from .places import cache_folder
 from .progress import byte_bar
 from .reading import Document
 from .sources import Sources, open_sources
@@ -59,9 +59,9 @@ class Corpus:
             while piece := file.read(1 << 20):
                 yield piece
 
-    def batches(self, rows: int, ctx_len: int, seed: int) -> Batches:
+    def batches(self, rows: int, ctx_len: int, seed: int, ramp: int = 0) -> Batches:
         """What to train on, `rows` windows at a time."""
-        return Batches(self.train, rows, ctx_len, seed)
+        return Batches(self.train, rows, ctx_len, seed, ramp)
 
     def windows(self, ctx_len: int) -> Windows:
         """What is held out, in order."""

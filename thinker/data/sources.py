@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from .digits import DIGIT_SETS
 from .named import EVALUATION_SETS, TRAINING_SETS
 from .questions import CHAT_SETS
 from .reading import (
@@ -60,7 +61,7 @@ def open_sources(values: Sequence[str]) -> Sources:
     for value in dict.fromkeys(values):
         if value in EVALUATION_SETS:
             raise ValueError(f"{value}: for thinker eval only; to train, choose among {', '.join(TRAINING_SETS)}")
-        if value in CHAT_SETS:
+        if value in CHAT_SETS or value in DIGIT_SETS:
             raise ValueError(f"{value}: holds conversations: add --chat to train on them")
         if value in TRAINING_SETS:
             sources.append(TRAINING_SETS[value])

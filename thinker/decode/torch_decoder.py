@@ -10,6 +10,7 @@ another order. Draws, stop conditions and text are elsewhere.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -19,18 +20,24 @@ from torch import Tensor
 from ..cache import KVCache
 from ..model import ThinkerLM
 from .decoder import Decoder, check_embeddings, check_room, check_slots, check_tokens
+from .fixed_step import FixedStep
 
 
 class TorchDecoder(Decoder):
-    """A `ThinkerLM` with `slots` sequences in its memory. A model in training is switched to eval for each call."""
+    """A `ThinkerLM` with `slots` sequences in its memory. A model in training is switched to eval for each call.
 
-    def __init__(self, model: ThinkerLM, slots: int = 1) -> None:
+    `fixed`: tokens go to all slots at fixed addresses, which an accelerator replays as a graph; None means there only.
+    """
+
+    def __init__(self, model: ThinkerLM, slots: int = 1, fixed: bool | None = None) -> None:
         if slots < 1:
             raise ValueError(f"slots is {slots}: at least 1 is needed")
         self.model, self.config, self.slots = model, model.config, slots
         self.dtype = str(model.head.weight.dtype).removeprefix("torch.")
         self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
         self.cache = self._empty(rows=1)
+        self.fixed = model.head.weight.device.type == "cuda" if fixed is None else fixed
+        self._step: FixedStep | None = None
 
     def length(self, slot: int) -> int:
         """The number of tokens that the slot holds."""
@@ -76,6 +83,8 @@ class TorchDecoder(Decoder):
             raise ValueError(f"{len(chosen)} slots and {len(ids)} tokens: give one token a slot")
         for slot in chosen.tolist():
             check_room(self.config, self.length(slot), 1)
+        if self.fixed:
+            return self._fixed(chosen, ids)
         logits = np.empty((len(ids), self.config.vocab_size), np.float32)
         for places in _neighbours(chosen):
             first, last = int(chosen[places[0]]), int(chosen[places[-1]])
@@ -83,23 +92,29 @@ class TorchDecoder(Decoder):
             logits[places] = self._forward(first, last + 1, column, None, every=False)[:, 0]
         return logits
 
-    @torch.inference_mode()
+    @torch.no_grad()  # and not inference mode, whose tensors a graph may not write to
+    def _fixed(self, slots: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """`step` by `FixedStep`, which is made anew when the memory was."""
+        self._reserve(int(slots.max()) + 1)
+        with speaking(self.model):
+            if self._step is None or self._step.memory is not self.cache:
+                self._step = FixedStep(self.model, self.cache)
+            logits = self._step(slots, ids, self.cache.lengths)
+        for slot in slots.tolist():
+            self.cache.lengths[slot] += 1
+        return logits.float().cpu().numpy()
+
+    @torch.no_grad()
     def _forward(
         self, start: int, end: int, tokens: Tensor | None, embeddings: Tensor | None, every: bool
     ) -> np.ndarray:
         """Run slots start to end - 1 and let them grow: (B, T, V) with `every`, else (B, 1, V), float32."""
         self._reserve(end)
         rows = self.cache.rows(start, end)
-        training = self.model.training
-        if training:
-            self.model.eval()
-        try:
+        with speaking(self.model):
             hidden = self.model.features(tokens, embeddings=embeddings, kv_cache=rows)
             assert isinstance(hidden, Tensor)
             logits = self.model.head(hidden if every else hidden[:, -1:])
-        finally:
-            if training:
-                self.model.train()
         self.cache.lengths[start:end] = rows.lengths
         return logits.float().cpu().numpy()
 
@@ -116,6 +131,19 @@ class TorchDecoder(Decoder):
         grown.keys[:, :held], grown.values[:, :held] = self.cache.keys, self.cache.values
         grown.lengths[:held] = self.cache.lengths
         self.cache = grown
+
+
+@contextmanager
+def speaking(model: ThinkerLM) -> Iterator[None]:
+    """A model in training without its dropout inside the block."""
+    training = model.training
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if training:
+            model.train()
 
 
 def _neighbours(slots: np.ndarray) -> Iterator[np.ndarray]:

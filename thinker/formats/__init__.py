@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .model_files import ModelFiles
+from .model_files import Modality, ModelFiles
 from .q8 import Q8Tensor
 
-__all__ = ["ModelFiles", "Q8Tensor", "open_model"]
+__all__ = ["Modality", "ModelFiles", "Q8Tensor", "open_model"]
 
 
 def open_model(path: str | Path) -> ModelFiles:

@@ -75,8 +75,12 @@ def export_gguf(
     config = files.config
     if (reason := exportable(config, kind)) is not None:
         raise ValueError(f"{files.path}: {reason}")
-    if files.path.is_dir() and (files.path / "modality.safetensors").exists():
-        raise ValueError(f"{files.path}: its encoders and projectors for pictures and sound have no place in GGUF")
+    if files.modality is not None:
+        senses = " and ".join(files.modality.config.kinds)
+        raise ValueError(
+            f"{files.path}: its encoders and projectors for {senses} have no place in GGUF: "
+            "export what it knows of text alone with --text-only"
+        )
     if files.tokenizer_json is None:
         raise ValueError(f"{files.path}: has no tokenizer.json, without which llama.cpp can't read or write text")
     vocabulary = to_vocabulary(files.tokenizer_json, config.vocab_size, str(files.path))

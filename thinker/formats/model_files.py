@@ -5,9 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from ..config import ThinkerConfig
 from .tensors import Array
+
+if TYPE_CHECKING:  # a text-only model needs nothing of it
+    from ..modality.settings import SensesConfig
+
+
+@dataclass(frozen=True)
+class Modality:
+    """Encoders and projectors on disk: how they are built, and their tensors by Thinker's names."""
+
+    config: SensesConfig
+    tensors: Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -29,3 +43,4 @@ class ModelFiles:
     pad_id: int | None = None
     add_bos: bool = False
     step: int | None = None
+    modality: Modality | None = None

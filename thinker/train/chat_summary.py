@@ -18,6 +18,7 @@ from rich.text import Text
 from ..data.chat_shards import ChatCorpus
 from .replies import exchanges, question, replies, right_reply
 from .run import Run
+from .senses_summary import summarise_senses
 from .summary import draw
 
 RECALLED = 64  # trained questions that are asked
@@ -55,6 +56,9 @@ def summarise_chats(run: Run, rows: list[dict[str, Any]], console: Console, wall
         shown = Text(question(run, exchange) + "\n", style="dim").append(answer + "\n", style="default")
         shown.append(f"(data: {right_reply(run, exchange)})", style="dim")
         console.print(Panel(shown, title=kind, title_align="left", width=100))
+    with_senses = {}
+    if run.senses is not None and corpus.media is not None:
+        with_senses = {"held_out_exact": summarise_senses(run.folder, run.settings.data, console)}
     folder = escape(str(run.folder))
     console.print(
         f"The loss as a picture: {picture}\n\nNext:\n  thinker chat {folder}\n"
@@ -79,14 +83,14 @@ def summarise_chats(run: Run, rows: list[dict[str, Any]], console: Console, wall
         "parameters": run.config.parameter_count(),
         "examples": examples,
         "decisions": run.decisions.to_json(),
-    }
+    } | with_senses
 
 
 @torch.no_grad()
 def reply_loss(run: Run, corpus: ChatCorpus, console: Console) -> tuple[float, int]:
     """Mean loss in nats over every token of the assistant's in the held-out conversations, and how many these are."""
     rows = corpus.windows(run.config.ctx_len)
-    run.model.eval()
+    run.module.eval()
     total, tokens = 0.0, 0
     starts = range(0, len(rows), run.settings.batch_size)
     for start in track(starts, "evaluating", console=console, transient=True):
@@ -95,5 +99,5 @@ def reply_loss(run: Run, corpus: ChatCorpus, console: Console) -> tuple[float, i
         parts = run.module(*(torch.from_numpy(part).to(run.decisions.device) for part in batch))
         total += float(parts.total)
         tokens += int(parts.tokens)
-    run.model.train()
+    run.module.train()
     return total / tokens, tokens

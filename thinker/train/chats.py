@@ -15,24 +15,33 @@ from ..chat import DEFAULT_TEMPLATE, ROLE_TOKENS, ChatFormat
 from ..checkpoint.publish import Publication
 from ..config import ThinkerConfig
 from ..formats import Q8Tensor
-from ..tokenizer import Tokenizer
+from ..tokenizer import MEDIA, Tokenizer
 
 Parameters = Mapping[str, np.ndarray | Q8Tensor]
 
 
 def with_turns(
-    config: ThinkerConfig, parameters: Parameters, tokenizer: Tokenizer, publication: Publication
+    config: ThinkerConfig,
+    parameters: Parameters,
+    tokenizer: Tokenizer,
+    publication: Publication,
+    with_media: bool = False,
 ) -> tuple[ThinkerConfig, Parameters, Tokenizer, Publication]:
-    """A model to be taught conversations, with a template and its tokens. Raises `ValueError` for SentencePiece's."""
-    if publication.chat_template is not None:
-        return config, parameters, tokenizer, publication
-    publication = dataclasses.replace(publication, chat_template=DEFAULT_TEMPLATE)
-    if tokenizer.special_ids.keys() >= ROLE_TOKENS:
+    """A model to be taught conversations, with a template and its tokens, and those of media. `ValueError` if it can't.
+
+    That is so with SentencePiece's kind of vocabulary.
+    """
+    needed = set(MEDIA) if with_media else set()
+    if publication.chat_template is None:
+        needed |= ROLE_TOKENS
+        publication = dataclasses.replace(publication, chat_template=DEFAULT_TEMPLATE)
+    if tokenizer.special_ids.keys() >= needed:
         return config, parameters, tokenizer, publication
     try:
         tokenizer = Tokenizer.from_json(tokenizer.to_json(), complete=True)
     except ValueError as error:
-        raise ValueError(f"the model has no chat template, and can't be given one: {error}") from None
+        missing = min(needed - tokenizer.special_ids.keys())
+        raise ValueError(f"the model has no {missing}, and can't be given it: {error}") from None
     publication = dataclasses.replace(
         publication,
         bos_id=tokenizer.bos_id if publication.bos_id is None else publication.bos_id,

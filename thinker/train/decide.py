@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..loss import LossParts, NextTokenLoss
 from .config import TrainConfig
+from .senses import SplicedLoss
 
 Precision = Literal["float32", "bfloat16", "float16"]
 DTYPES: dict[Precision, torch.dtype] = {
@@ -80,7 +81,9 @@ def check_device(name: str) -> None:
         raise ValueError(f"device is {name!r}, which can't be used here ({reason}): choose cpu") from None
 
 
-def decide(run: TrainConfig, module: NextTokenLoss, one_row: tuple[Tensor, ...], device: str) -> Decisions:
+def decide(
+    run: TrainConfig, module: NextTokenLoss | SplicedLoss, one_row: tuple[Tensor, ...], device: str
+) -> Decisions:
     """Probe the machine with one row of a batch and settle everything that the run's settings leave open."""
     threads = torch.get_num_threads()
     reasons = []
@@ -108,6 +111,8 @@ def decide(run: TrainConfig, module: NextTokenLoss, one_row: tuple[Tensor, ...],
         hindrance = "no C++ compiler (g++) was found"
     if module.model.config.use_moe and precision != "bfloat16":
         hindrance = "torch compiles the grouped products of a mixture in bfloat16 only"
+    if isinstance(module, SplicedLoss):
+        hindrance = "pictures and sounds come in other numbers with every batch"
     if run.compile == "auto":
         compiled = ahead > COMPILE_PAYS_AFTER and hindrance is None
         reasons.append(
@@ -120,7 +125,7 @@ def decide(run: TrainConfig, module: NextTokenLoss, one_row: tuple[Tensor, ...],
     return Decisions(device, precision, compiled, threads, seconds, tuple(reasons), versions())
 
 
-def probe(module: NextTokenLoss, batch: tuple[Tensor, ...], device: str, precision: Precision) -> float:
+def probe(module: NextTokenLoss | SplicedLoss, batch: tuple[Tensor, ...], device: str, precision: Precision) -> float:
     """Seconds of one forward and backward, the faster of two. Parameters stay as they are."""
 
     def once() -> float:

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from ..loss import IGNORE, LossParts
 from .decide import dropout_seed
+from .held_out import look, look_is_due
 from .memory import ran_out_of_memory
-from .optim import rate, set_rate
+from .optim import rate, set_beta2, set_rate
 from .run import Run
 
 
@@ -100,28 +101,36 @@ def fit(run: Run, watcher: Watcher) -> int | None:
     settings = run.settings
     step_module = torch.compile(run.module) if run.decisions.compile else run.module
     saved = validated = run.seconds
+    rows = _micro_rows(run)
     with until_interrupted() as interruption:
         if run.decisions.compile:
             watcher.compiling(run)
             warm_up(run, step_module)
-        while (progress := run.progress()) < 1 and interruption.signal is None:
+        while (progress := run.progress()) < 1 and interruption.signal is None and not run.overfits:
+            if run.decisions.compile and _micro_rows(run) != rows:  # a ramp's next stage
+                rows = _micro_rows(run)
+                torch.compiler.reset()  # A process that resumes compiles for the new shape alone, and so must this one.
+                warm_up(run, step_module)
             start = time.perf_counter()
-            share = rate(progress, schedule=settings.schedule, warmup=settings.warmup)
+            share = rate(progress, schedule=settings.schedule, warmup=settings.warmup, cooldown=settings.cooldown)
+            tokens = run.batches.tokens_in(run.step)
             loss, balance, norm = take_step(run, step_module, share, watcher.out_of_memory)
             elapsed = time.perf_counter() - start
+            rows = _micro_rows(run)  # memory may have run out
             run.step += 1
             run.seconds += elapsed
-            tokens = run.batches.tokens_per_batch
             run.tokens += tokens
             report = StepReport(
                 run.step, loss, balance, norm, share * settings.lr, tokens, elapsed, min(1.0, run.progress())
             )
             watcher.after_step(run, report)
-            if run.seconds - saved >= settings.save_every:
+            steered = settings.early_stop > 0
+            found_best = steered and look_is_due(progress, run.progress()) and look(run)
+            if (found_best or run.seconds - saved >= settings.save_every) and run.progress() < 1:
                 run.save()
                 watcher.saved(run)
                 saved = run.seconds
-            if run.seconds - validated >= settings.validate_every:
+            if run.looked_at_this_step if steered else run.seconds - validated >= settings.validate_every:
                 watcher.validate(run)
                 validated = run.seconds
         run.save()
@@ -157,7 +166,7 @@ def take_step(
     loss = float(total) / counted
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
-    norm = float(torch.nn.utils.clip_grad_norm_(run.model.parameters(), settings.clip))
+    norm = float(torch.nn.utils.clip_grad_norm_(run.trained.parameters(), settings.clip))
     # With float16 a scaler skips steps whose scaled gradient overflowed; that is no divergence.
     if not math.isfinite(loss) or not (math.isfinite(norm) or run.scaler.is_enabled()):
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the loss is {loss:.3f}, but its gradient {norm}"
@@ -166,6 +175,7 @@ def take_step(
             f"{share * settings.muon_lr:.2g} (Muon): try half of them, a longer --warmup, or --precision float32"
         )
     set_rate(run.optimizers, share)
+    set_beta2(run.optimizers, settings.adam_beta2(batch[0].size))
     for optimizer in run.optimizers:
         run.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
@@ -208,5 +218,16 @@ def gradients(
 
 
 def _split(rows: np.ndarray, run: Run) -> Iterator[Tensor]:
-    for part in np.array_split(rows, run.micro_batches):
+    for part in np.array_split(rows, _parts(run, len(rows))):
         yield torch.from_numpy(part).to(run.decisions.device)
+
+
+def _parts(run: Run, rows: int) -> int:
+    """How many micro-batches a step of so many rows takes: a ramp's smaller ones fewer, each as large as ever."""
+    return -(-rows * run.micro_batches // (run.settings.batch_size * run.settings.accumulate))
+
+
+def _micro_rows(run: Run) -> int:
+    """Rows of the next step's largest micro-batch."""
+    rows = run.batches.rows_in(run.step)
+    return -(-rows // _parts(run, rows))

@@ -1,6 +1,7 @@
-"""The optimisers: Muon for the hidden matrices, AdamW for the rest, and the schedule of their learning rates.
+"""The optimisers: Muon for the hidden matrices, AdamW for the rest, and the schedules of their rates and of β2.
 
-Which hyperparameters a run uses is decided in `train/config.py`; when a step is taken, in `train/loop.py`.
+Which hyperparameters a run uses is decided in `train/config.py` and `train/recipes.py`; when a step is taken, in
+`train/loop.py`; how many rows it has, in `data/batches.py`.
 """
 
 # M matrices of one shape, R rows, C columns
@@ -15,7 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-Schedule = Literal["linear", "cosine", "constant"]
+Schedule = Literal["linear", "cosine", "wsd", "constant"]
+
+COSINE_END = 0.1  # of the peak, as nanoGPT has it
 
 # Five steps of the Polar Express (arXiv 2505.16932, table of coefficients for a lower bound of 1e-3, safety 2 %): the
 # odd polynomials a x + b x³ + c x⁵ that together bring every singular value closest to 1.
@@ -87,11 +90,11 @@ def _stretch(rows: int, columns: int) -> float:
 
 
 def hidden_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What Muon trains: the matrices inside the blocks, but the router, which is a head of its own kind."""
+    """What Muon trains: the matrices inside blocks, also an encoder's, but the router, a head of its own kind."""
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if name.startswith("blocks.") and parameter.dim() >= 2 and ".router." not in name
+        if ".blocks." in f".{name}" and parameter.dim() >= 2 and ".router." not in name
     }
 
 
@@ -123,19 +126,44 @@ def build_optimizers(
     return built
 
 
-def rate(progress: float, *, schedule: Schedule, warmup: float) -> float:
+def rate(progress: float, *, schedule: Schedule, warmup: float, cooldown: float = 0.2) -> float:
     """The share of the peak learning rate at `progress` (0 to 1) of the run; warm-up takes its first `warmup` share.
 
-    Linear to zero is the default (arXiv 2502.15938); cosine ends at a tenth, as nanoGPT has it.
+    - linear: falls to zero from the end of the warm-up on (arXiv 2502.15938).
+    - cosine: half a wave down to a tenth (arXiv 1608.03983, without restarts).
+    - wsd: warm-up, stable, decay (arXiv 2404.06395): stays at the peak until the last `cooldown` share of the run, in
+      which it falls to zero as 1 - sqrt of that share's progress (arXiv 2405.18392).
+    - constant: stays.
     """
     if progress < warmup:
         return progress / warmup
-    after = (progress - warmup) / (1 - warmup)
-    if schedule == "constant":
-        return 1.0
-    if schedule == "linear":
-        return 1 - after
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * after))
+    after = min(1.0, (progress - warmup) / (1 - warmup))
+    match schedule:
+        case "linear":
+            return 1 - after
+        case "cosine":
+            return COSINE_END + (1 - COSINE_END) / 2 * (1 + math.cos(math.pi * after))
+        case "wsd":
+            begun = progress - (1 - cooldown)
+            return 1.0 if begun <= 0 else 1 - math.sqrt(min(1.0, begun / cooldown))
+        case "constant":
+            return 1.0
+
+
+def beta2_in_tokens(tokens: int, half_life: float) -> float:
+    """Adam's β2 for a step of so many tokens, if a gradient's weight shall halve in `half_life` tokens.
+
+    Small batches need a β2 nearer to 1, or Adam forgets within a few of them (arXiv 2507.07101).
+    """
+    return 0.5 ** (tokens / half_life)
+
+
+def set_beta2(optimizers: Iterable[torch.optim.Optimizer], beta2: float) -> None:
+    """Set Adam's β2 for the next step; Muon has none."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if "betas" in group:
+                group["betas"] = (group["betas"][0], beta2)
 
 
 def set_rate(optimizers: Iterable[torch.optim.Optimizer], share: float) -> None:

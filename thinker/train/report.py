@@ -10,8 +10,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -22,11 +20,11 @@ from ..data.shards import Corpus
 from ..decode.torch_decoder import TorchDecoder
 from ..generate import Engine, Request
 from ..sampling import Sampling
+from .held_out import held_out_loss
 from .loop import StepReport
 from .replies import Exchange, exchanges, question, replies
 from .run import Run
 
-LOOK_TOKENS = 1 << 16  # held-out tokens per look; the whole text is evaluated at the end
 SAMPLE_TOKENS = 48
 
 
@@ -139,27 +137,9 @@ def open_tensorboard(folder: Path) -> Any:
     return SummaryWriter(folder / "tensorboard")
 
 
-@torch.no_grad()
-def held_out_loss(run: Run) -> float:
-    """Mean loss in nats per token over evenly spread windows of the held-out text, or its replies."""
-    windows = run.corpus.windows(run.config.ctx_len)
-    count = min(len(windows), max(1, LOOK_TOKENS // run.config.ctx_len))
-    chosen = np.linspace(0, len(windows) - 1, count).astype(int).tolist()
-    run.model.eval()
-    total, tokens = 0.0, 0
-    for start in range(0, len(chosen), run.settings.batch_size):
-        rows = windows[chosen[start : start + run.settings.batch_size]]
-        with run.decisions.autocast():
-            parts = run.module(*(torch.from_numpy(part).to(run.decisions.device) for part in rows))
-        total += float(parts.total)
-        tokens += int(parts.tokens)
-    run.model.train()
-    return total / tokens
-
-
 def sample(run: Run, prompt: str, seed: int, tokens: int = SAMPLE_TOKENS, temperature: float = 0.8) -> str:
     """What the model writes after a prompt, as it is now."""
-    run.model.eval()
+    run.module.eval()
     engine = Engine(TorchDecoder(run.model), run.tokenizer)
     bos = [] if run.tokenizer.bos_id is None else [run.tokenizer.bos_id]
     request = Request(
@@ -170,7 +150,7 @@ def sample(run: Run, prompt: str, seed: int, tokens: int = SAMPLE_TOKENS, temper
         echo=prompt,
     )
     text = "".join(piece.text for piece in engine.run([request]))
-    run.model.train()
+    run.module.train()
     return text
 
 

@@ -1,44 +1,49 @@
-"""A training run: what it consists of, how it begins, goes on, and is saved.
+"""A training run: what it consists of, how far it is, and how it is saved.
 
 Everything that going on needs is in the exact state under `training/` (`checkpoint/training.py`); the published view is
-made from it. The steps themselves are in `train/loop.py`.
+made from it. How a run begins and goes on is in `start.py`, its steps are in `loop.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..chat import DEFAULT_TEMPLATE, ChatFormat
 from ..checkpoint import training
 from ..checkpoint.publish import Publication, publish
 from ..config import ThinkerConfig
 from ..data.batches import Batches
-from ..data.chat_shards import ChatCorpus, prepare_chats
+from ..data.chat_shards import ChatCorpus
+from ..data.mixing import MixedBatches
 from ..data.packing import PackedBatches
-from ..data.shards import Corpus, prepare
-from ..formats import Q8Tensor, open_model
+from ..data.shards import Corpus
 from ..llm import load_parameters
 from ..loss import NextTokenLoss
+from ..modality.senses import Senses, copy_tensors
+from ..modality.sequence import placeholder_ids
 from ..model import ThinkerLM
 from ..tokenizer import Tokenizer
-from .chats import chat_format, ending_turns, with_turns
 from .config import TrainConfig
-from .decide import Decisions, choose_device, decide
-from .memory import checkpoint_activations
-from .optim import build_optimizers, optimizer_tensors, restore_optimizers
+from .decide import Decisions
+from .optim import optimizer_tensors
+from .senses import SplicedLoss, Trained
 
 Say = Callable[[str], None]
+TrainingBatches = Batches | PackedBatches | MixedBatches
 
-# What may be changed when a run goes on: its length and what is shown and kept, nothing that steers its steps.
-FREE_ON_RESUME = {"out", "resume", "steps", "minutes", "validate_every", "save_every", "keep", "prompt", "tensorboard"}
-# What --init may change of the architecture: nothing that the tensors' shapes or meaning depend on.
-FREE_ON_INIT = {"dropout", "ctx_len", "balance_loss"}
+
+@dataclass(frozen=True)
+class Best:
+    """The step with the lowest held-out loss so far, and how many looks since then found none lower."""
+
+    step: int
+    loss: float
+    looks_since: int = 0
 
 
 @dataclass
@@ -52,16 +57,21 @@ class Run:
     corpus: Corpus | ChatCorpus
     model: ThinkerLM
     optimizers: list[torch.optim.Optimizer]
-    batches: Batches | PackedBatches
+    batches: TrainingBatches
     scaler: torch.amp.GradScaler
     publication: Publication
+    senses: Senses | None = None
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0  # spent in steps, over all processes that worked on this run
-    module: NextTokenLoss = field(init=False)
+    best: Best | None = None  # where held-out loss steers the run
+    looked: tuple[int, float] | None = None  # step and held-out loss of the last look
+    module: NextTokenLoss | SplicedLoss = field(init=False)
+    trained: nn.Module = field(init=False)  # all parameters under the names they are saved by
 
     def __post_init__(self) -> None:
-        self.module = NextTokenLoss(self.model)
+        self.module = loss_of(self.model, self.senses, self.corpus, self.settings)
+        self.trained = self.model if self.senses is None else Trained(self.model, self.senses)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -72,6 +82,17 @@ class Run:
         """The share of the run that is done, which the schedule follows: steps or, with minutes, time."""
         steps, seconds = self.settings.limit
         return self.step / steps if steps is not None else self.seconds / (seconds or 1)
+
+    @property
+    def looked_at_this_step(self) -> bool:
+        """Whether held-out loss has just been measured."""
+        return self.looked is not None and self.looked[0] == self.step
+
+    @property
+    def overfits(self) -> bool:
+        """Whether held-out loss has not fallen for as many looks as the settings wait."""
+        patience = self.settings.early_stop
+        return patience > 0 and self.best is not None and self.best.looks_since >= patience
 
     @property
     def micro_batches(self) -> int:
@@ -104,191 +125,54 @@ class Run:
             self.folder,
             self.step,
             parameters={name: as_numpy(p) for name, p in self.model.named_parameters()},
-            optimizer={name: as_numpy(t) for name, t in optimizer_tensors(self.model, self.optimizers).items()},
+            optimizer={name: as_numpy(t) for name, t in optimizer_tensors(self.trained, self.optimizers).items()},
             state={
                 "config": self.config.model_dump(exclude_none=True),
                 "settings": self.settings.model_dump(mode="json", exclude_none=True),
                 "decisions": self.decisions.to_json(),
                 "publication": self.publication.to_json(),
-                "corpus": self.corpus.fingerprint,
+                "corpus": fingerprint_of(self.corpus, self.batches),
+                "senses": None if self.senses is None else self.senses.config.to_json(),
                 "scaler": self.scaler.state_dict(),
                 "tokens": self.tokens,
                 "seconds": self.seconds,
+                "best": None if self.best is None else asdict(self.best),
             },
             tokenizer_json=self.tokenizer.to_json(),
+            modality=None if self.senses is None else {n: as_numpy(p) for n, p in self.senses.named_parameters()},
             keep=self.settings.keep,
         )
         publish(self.folder)
 
-
-def begin(config: ThinkerConfig, settings: TrainConfig, given: set[str], say: Say) -> Run:
-    """A new run: its corpus, its model, and what it decides about the machine.
-
-    `given` names the fields that a person set. Raises `ValueError` for what can't be trained, before anything is
-    written.
-    """
-    folder = settings.folder
-    if training.latest(folder) is not None:
-        raise ValueError(f"{folder} already holds a run: go on with --resume, or name another folder with --out")
-    if settings.init is None:
-        parameters = None
-        corpus = corpus_of(settings, config, settings.tokenizer, None, say)
-        config = config.changed(vocab_size=corpus.tokenizer.vocab_size)
-        publication = own_publication(corpus.tokenizer)
-    else:
-        config, parameters, tokenizer, publication = starting_point(settings.init, config, given)
-        if settings.chat:
-            config, parameters, tokenizer, publication = with_turns(config, parameters, tokenizer, publication)
-        corpus = corpus_of(settings, config, tokenizer, publication, say)
-    if isinstance(corpus, ChatCorpus):
-        publication = ending_turns(publication, corpus.chat_format)
-    torch.manual_seed(settings.seed)
-    model = ThinkerLM(config)
-    if parameters is not None:
-        load_parameters(model, parameters)
-    device = choose_device(settings.device)
-    model.to(device)
-    batches = corpus.batches(settings.batch_size * settings.accumulate, config.ctx_len, settings.seed)
-    one_row = tuple(torch.from_numpy(part[:1]).to(device) for part in batches.batch(0))
-    decisions = decide(settings, NextTokenLoss(model), one_row, device)
-    for reason in decisions.reasons:
-        say(reason)
-    return assemble(folder, config, settings, decisions, corpus, model, batches, publication)
-
-
-def own_publication(tokenizer: Tokenizer) -> Publication:
-    """What is published of a model with a tokenizer of this project's own."""
-    return Publication(
-        bos_id=tokenizer.bos_id,
-        eos_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
-        pad_id=tokenizer.pad_id,
-        add_bos=tokenizer.bos_id is not None,
-        chat_template=DEFAULT_TEMPLATE,
-    )
-
-
-def corpus_of(
-    settings: TrainConfig,
-    config: ThinkerConfig,
-    tokenizer: Tokenizer | str,
-    publication: Publication | None,
-    say: Say,
-) -> Corpus | ChatCorpus:
-    """The run's text or conversations as tokens. A model that is yet to be made has no publication."""
-    if not settings.chat:
-        return prepare(settings.data, tokenizer, config.vocab_size, config.ctx_len + 1, say)
-
-    def written_by(tokenizer: Tokenizer) -> ChatFormat:
-        return chat_format(tokenizer, publication if publication is not None else own_publication(tokenizer))
-
-    return prepare_chats(settings.data, tokenizer, written_by, config.ctx_len, config.vocab_size, say)
-
-
-def resume(wanted: ThinkerConfig, settings: TrainConfig, given: set[str], say: Say) -> Run:
-    """Go on from the newest complete state in the run's folder, with its own settings and decisions.
-
-    Raises `ValueError` when there is none, when a setting is given that would steer its steps, or its text has changed.
-    """
-    folder = settings.folder
-    newest = training.latest(folder)
-    if newest is None:
-        raise ValueError(f"{folder} holds no state to go on from: leave out --resume to start there")
-    saved = training.load(newest)
-    config, state = saved.config, saved.state
-    old = TrainConfig.model_validate(state["settings"])
-    for name in sorted(given - FREE_ON_RESUME):
-        had, asked = (config, wanted) if name in ThinkerConfig.model_fields else (old, settings)
-        if getattr(asked, name) != getattr(had, name):
-            raise ValueError(
-                f"{folder}: {name} is {getattr(had, name)!r} in this run and can't be changed with --resume: drop it"
-            )
-    changes = {name: getattr(settings, name) for name in given & FREE_ON_RESUME & set(TrainConfig.model_fields)}
-    if {"steps", "minutes"} & changes.keys():
-        changes = {"steps": None, "minutes": None} | changes
-    settings = old.changed(**changes | {"out": folder})
-    if saved.tokenizer_json is None:
-        raise ValueError(f"{newest}: has no tokenizer.json: take an older state, by removing this one")
-    tokenizer = Tokenizer.from_json(saved.tokenizer_json)
-    publication = Publication.from_json(state["publication"], str(newest))
-    corpus = corpus_of(settings, config, tokenizer, publication, say)
-    if corpus.fingerprint != state["corpus"]:
-        raise ValueError(
-            f"{folder}: the text of {', '.join(settings.data)} has changed since: begin a new run with --out"
+    def take_best(self, say: Say) -> None:
+        """At the end: put the best state's parameters into the model, if they are another step's, and say so."""
+        path = training.to_publish(self.folder)
+        if self.best is None or path is None or self.best.step == self.step:
+            return
+        best = training.load(path)
+        load_parameters(self.model, best.parameters)
+        if self.senses is not None and best.modality is not None:
+            copy_tensors(self.senses, best.modality, str(path))
+        self.looked = None
+        early = "ended early, after" if self.overfits else "of"
+        say(
+            f"published: step {self.best.step:,}, where held-out loss was lowest ({self.best.loss:.3f}), {early} "
+            f"{self.step:,} steps; to go on to the end all the same: --resume --early-stop 0"
         )
-    decisions = Decisions.from_json(state["decisions"])
-    model = ThinkerLM(config)
-    load_parameters(model, saved.parameters)
-    model.to(decisions.device)
-    batches = corpus.batches(settings.batch_size * settings.accumulate, config.ctx_len, settings.seed)
-    run = assemble(folder, config, settings, decisions, corpus, model, batches, publication)
-    tensors = {name: torch.from_numpy(np.array(array)) for name, array in saved.optimizer.items()}
-    restore_optimizers(model, run.optimizers, tensors)
-    run.scaler.load_state_dict(state["scaler"])
-    run.step, run.tokens, run.seconds = saved.step, state["tokens"], state["seconds"]
-    say(f"going on from step {run.step:,}")
-    return run
 
 
-def assemble(
-    folder: Path,
-    config: ThinkerConfig,
-    settings: TrainConfig,
-    decisions: Decisions,
-    corpus: Corpus | ChatCorpus,
-    model: ThinkerLM,
-    batches: Batches | PackedBatches,
-    publication: Publication,
-) -> Run:
-    """A run at step 0 from its parts."""
-    if settings.checkpoint_activations:
-        checkpoint_activations(model)
-    optimizers = build_optimizers(
-        model,
-        optimizer=settings.optimizer,
-        lr=settings.lr,
-        muon_lr=settings.muon_lr,
-        weight_decay=settings.weight_decay,
-        betas=(settings.beta1, settings.beta2),
-        muon_dtype=torch.bfloat16 if decisions.precision == "bfloat16" else torch.float32,
-    )
-    scaler = torch.amp.GradScaler(torch.device(decisions.device).type, enabled=decisions.precision == "float16")
-    return Run(folder, config, settings, decisions, corpus, model, optimizers, batches, scaler, publication)
+def loss_of(
+    model: ThinkerLM, senses: Senses | None, corpus: Corpus | ChatCorpus, settings: TrainConfig
+) -> NextTokenLoss | SplicedLoss:
+    """The module that training wraps."""
+    if senses is None or not isinstance(corpus, ChatCorpus) or corpus.media is None:
+        return NextTokenLoss(model)
+    return SplicedLoss(model, senses, corpus.media, placeholder_ids(corpus.tokenizer), settings.seed)
 
 
-def starting_point(
-    path: str, wanted: ThinkerConfig, given: set[str]
-) -> tuple[ThinkerConfig, Mapping[str, np.ndarray | Q8Tensor], Tokenizer, Publication]:
-    """Architecture, parameters, tokenizer and what is published beside them, of the model that --init names.
-
-    A Thinker run gives its exact, unfolded parameters; any other model what it has published. Raises `ValueError` when
-    a flag asks for another architecture than the model has.
-    """
-    files = open_model(path)
-    parameters: Mapping[str, np.ndarray | Q8Tensor]
-    config, parameters, tokenizer_json = files.config, files.tensors, files.tokenizer_json
-    newest = training.latest(Path(path))
-    if newest is not None:
-        saved = training.load(newest)
-        config, parameters, tokenizer_json = saved.config, saved.parameters, saved.tokenizer_json
-    if tokenizer_json is None:
-        raise ValueError(f"{path}: has no tokenizer.json, which --init needs: put the model's own beside its weights")
-    fields = given & set(ThinkerConfig.model_fields)
-    for name in sorted(fields - FREE_ON_INIT):
-        if getattr(wanted, name) != getattr(config, name):
-            raise ValueError(
-                f"{path}: {name} is {getattr(config, name)!r} there and {getattr(wanted, name)!r} was asked for: "
-                "drop the setting, or train from nothing"
-            )
-    changes = {name: getattr(wanted, name) for name in fields & FREE_ON_INIT}
-    tokenizer = Tokenizer.from_json(tokenizer_json)
-    publication = Publication(
-        bos_id=files.bos_id,
-        eos_ids=files.eos_ids,
-        pad_id=tokenizer.pad_id,
-        add_bos=files.add_bos,
-        chat_template=files.chat_template,
-    )
-    return config.changed(**changes), parameters, tokenizer, publication
+def fingerprint_of(corpus: Corpus | ChatCorpus, batches: TrainingBatches) -> str:
+    """Of all that a run learns from."""
+    return f"{corpus.fingerprint} {batches.fingerprint}" if isinstance(batches, MixedBatches) else corpus.fingerprint
 
 
 def as_numpy(tensor: Tensor) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Decoding with kernels that Numba compiles for this processor: no torch, and no compiler to install.
 
 `decoder.py` is the door; `forward.py` the network with its two halves `attention.py` and `mlp.py`, `product.py` the one
-matrix product, `layout.py` and `packing.py` the memory, `team.py` the threads, `compiling.py` the disk cache.
+matrix product, `layout.py` and `packing.py` the memory, `team.py` the threads and `member.py` what they run.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ def open_native(
     """A `NativeDecoder`, or `NativeUnavailable` if Numba is missing or can't compile for this processor."""
     try:
         from .decoder import NativeDecoder
-        from .team import compile_kernels
+        from .kernels import member, product
 
-        compile_kernels()
+        for kernel in (member, product):
+            kernel.prepare()
     except Exception as error:
         # Whatever goes wrong in here is Numba's or LLVM's, which raise anything: no part of the model is touched yet.
         raise NativeUnavailable(f"no native kernels on this machine: {type(error).__name__}: {error}") from error

@@ -15,10 +15,10 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .memory import pointer
+from ...compiled.memory import pointer
+from .layout import STRIDE
 
 WORD = ir.IntType(64)
-STRIDE = 16  # words from one thread's to the next: two cache lines, as processors fetch them in pairs
 PATIENCE = 2_000  # looks at a word, some 100 microseconds, before the processor is offered to others
 
 # LLVM's name for the instruction that tells a processor of a spinning loop, and its argument.

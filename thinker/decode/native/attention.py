@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from numba import njit
 
+from ...compiled.memory import floats, integers
 from .elementwise import norm, rotate, softmax
-from .layout import CHUNK
-from .memory import floats, integers
-from .product import PANEL, call
+from .layout import CHUNK, PANEL
+from .product import call
 
 
 @njit(error_model="numpy", inline="always")

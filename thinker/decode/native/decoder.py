@@ -21,13 +21,14 @@ from numpy.typing import ArrayLike
 
 from ...sampling import Draws, check_drawn
 from ..decoder import Decoder, Weights, check_embeddings, check_room, check_slots, check_tokens
-from .layout import CHUNK, QUERIES, ROWS, aligned, lay_out, sparse
+from .kernels import product
+from .layout import CHUNK, JOB, QUERIES, ROWS, aligned, lay_out, sparse
 from .pace import Pace, fastest
 from .packing import Packed
-from .product import product
-from .team import JOB, Team
+from .team import Team
 
 BURST = 32  # tokens of one compiled call
+MANY_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,11 @@ class NativeDecoder(Decoder):
         self._point()
         self._team = Team(shape, self._jobs, most)
         self._pace: Pace | None = None
+        # Few rows are little work between two meetings, so that fewer threads may be faster; many rows never are.
+        self._most = most
         self.threads = threads or self._settle(most)
         if threads is None:
-            self._pace = Pace(self.threads)
+            self._pace = Pace()
 
     def length(self, slot: int) -> int:
         """The number of tokens that the slot holds."""
@@ -208,7 +211,7 @@ class NativeDecoder(Decoder):
             ("tokens", self._row_tokens),
         ):
             s[name] = array.ctypes.data
-        s["product"] = product.address
+        s["product"] = product.prepare()
         s["step_own"] *= 4  # from here on in bytes, as they are added to addresses
         s["step_plan"] *= 8
         self._job["drawn"] = self._drawn.ctypes.data
@@ -264,11 +267,12 @@ class NativeDecoder(Decoder):
         job = self._job
         job["rows"], job["together"], job["logits_from"], job["embedded"] = rows, together, logits_from, embedded
         job["draw"], job["turns"] = draw, turns
+        wanted = self._most if rows >= MANY_ROWS else self.threads
         if self._pace is None or together > 1:
-            job["threads"] = self.threads
+            job["threads"] = wanted
             self._team.do()
             return
-        job["threads"] = threads = self._pace.begin(turns)
+        job["threads"] = threads = self._pace.begin(wanted, turns)
         start = time.perf_counter()
         self._team.do()
         self._pace.end(threads, rows, (time.perf_counter() - start) / (int(job["done"]) if draw else 1))

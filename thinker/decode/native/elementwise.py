@@ -9,10 +9,10 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from .layout import ACTIVATIONS
 from .product import largest, sum_of, sum_of_squares
 
-ACTIVATIONS = ("silu", "gelu", "relu", "relu2")
-SILU, GELU, RELU, RELU2 = range(4)
+SILU, GELU, RELU, RELU2 = map(ACTIVATIONS.index, ("silu", "gelu", "relu", "relu2"))
 
 
 @njit(error_model="numpy")

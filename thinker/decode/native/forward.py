@@ -12,15 +12,12 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from ...compiled.memory import bytes_, floats, integers, shorts
 from .atomics import barrier
 from .attention import add_attention, attend, multiply, norm_rows, project, share
-from .memory import bytes_, floats, integers, shorts
+from .layout import PANEL
 from .mlp import contract, expand
-from .product import BLOCK, PANEL, sum_of_squares
-
-# What to do, for all threads: how many rows and threads; `together` neighbours of one slot attend together (1 if each
-# row has a slot of its own); logits from which row on; `traced` positions to be kept for a person to see, 0 for none.
-JOB_FIELDS = "rows threads together logits_from traced seen_attention seen_experts seen_shares seen_norms".split()
+from .product import BLOCK, sum_of_squares
 
 
 @njit(error_model="numpy", inline="always")

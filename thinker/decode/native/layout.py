@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 
 from ...config import ThinkerConfig
-from .elementwise import ACTIVATIONS
-from .product import PANEL
 
+PANEL = 32  # outputs side by side in memory
 ROWS = 64  # rows of one pass: a block of a prompt, or one token each of so many slots
 CHUNK = 4  # panels that one product makes before its results are used
 QUERIES = 8  # rows of a prompt that attend together
 LINE = 16  # elements of a cache line of float32
+STRIDE = 16  # words from one thread's to the next: two cache lines, as processors fetch them in pairs
+ACTIVATIONS = ("silu", "gelu", "relu", "relu2")
 
 _COUNTS = """layers d_model d_ff heads groups width vocab experts chosen gated mixture qk_norm quantised activation
     ctx_len capacity abreast head_panels ff_panels model_panels vocab_panels head_width ff_width vocab_width"""
@@ -36,6 +37,14 @@ SHAPE = np.dtype(
     [(name, np.int64) for name in (_COUNTS + " " + _ADDRESSES + " " + _PLACES).split()]
     + [("eps", np.float32), ("scale", np.float32)]
 )
+
+# What to do, for all threads: how many rows and threads; `together` neighbours of one slot attend together (1 if each
+# row has a slot of its own); logits from which row on; `traced` positions to be kept for a person to see, 0 for none;
+# whether x is there already (embeddings); how many turns; and, if the next token is to be drawn and run in the
+# following turn, the addresses of `sampling.Draws` and of stop ids, and of the drawn ids, (turns, n).
+_JOB = """rows threads together logits_from traced seen_attention seen_experts seen_shares seen_norms
+    embedded turns draw settings keys seen stop stops drawn done"""
+JOB = np.dtype([(name, np.int64) for name in _JOB.split()])
 
 
 def panels(outputs: int) -> int:

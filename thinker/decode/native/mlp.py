@@ -11,11 +11,10 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from ...compiled.memory import floats, integers
 from .attention import multiply, multiply_floats, norm_rows, share
 from .elementwise import activate, softmax
-from .layout import CHUNK
-from .memory import floats, integers
-from .product import PANEL
+from .layout import CHUNK, PANEL
 
 
 @njit(error_model="numpy")

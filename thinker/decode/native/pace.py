@@ -1,4 +1,4 @@
-"""How many threads make a token fastest on this machine, and now: a choice that never changes a bit of the result.
+"""How many threads make tokens fastest on this machine, and now: a choice that never changes a bit of the result.
 
 Threads that meet twenty times a token wait long when one of them is not running because another program is. Then one
 thread alone is the faster team, for a while.
@@ -17,19 +17,18 @@ LEAST, MOST = 64, 4096  # turns alone after a stall; twice as many after each th
 
 
 class Pace:
-    """The number of threads for each job of single tokens: the fastest, or 1 for some time after it has stalled."""
+    """The number of threads for each job: as many as are fastest for it, or 1 for some time after they have stalled."""
 
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
+    def __init__(self) -> None:
         self.alone, self.penalty = 0, LEAST
         self.usual: dict[int, float] = {}
 
-    def begin(self, turns: int) -> int:
-        """The number of threads for the next job."""
+    def begin(self, threads: int, turns: int) -> int:
+        """The number of threads for the next job, which is fastest with `threads`."""
         if self.alone > 0:
             self.alone -= turns
             return 1
-        return self.threads
+        return threads
 
     def end(self, threads: int, rows: int, seconds: float) -> None:
         """Learn how long a turn of so many rows took with so many threads."""

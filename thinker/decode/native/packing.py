@@ -16,8 +16,7 @@ from ...config import ThinkerConfig
 from ...formats.q8 import BLOCK, Q8Tensor
 from ...rope import rope_tables
 from ..decoder import Weights
-from .layout import Sizes, aligned, panels
-from .product import PANEL
+from .layout import PANEL, Sizes, aligned, panels
 
 
 class Packed:

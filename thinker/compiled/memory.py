@@ -1,7 +1,7 @@
-"""Looking at memory from compiled code: parts of flat arrays, by address.
+"""Looking at memory from compiled code: parts of flat arrays, and records, by address; and calling code by address.
 
-The kernels are given one record with the addresses of all arrays, since every array that is passed on its own costs a
-call time and the compiler work. Whoever makes the record keeps the arrays alive and sizes them (`layout.py`).
+Kernels are given addresses, since every array that is passed on its own costs a call time and the compiler work.
+Whoever gives them keeps the arrays alive and as large as they need to be.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
 
-def _view(dtype: Any) -> Any:
+def view_of(dtype: Any) -> Any:
+    """view(address, at, count) of elements of this Numba type: a one-dimensional array."""
+
     @intrinsic
     def view(typing: Any, address: Any, at: Any, count: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             address, at, count = arguments
-            size = context.get_constant(types.intp, dtype.bitwidth // 8)
+            size = context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(dtype)))
             array = context.make_array(signature.return_type)(context, builder)
             base = builder.inttoptr(address, context.get_data_type(dtype).as_pointer())
             shape, strides = cgutils.pack_array(builder, [count]), cgutils.pack_array(builder, [size])
@@ -34,9 +36,9 @@ def _view(dtype: Any) -> Any:
 
 # floats(address, at, count): a view of elements at to at + count - 1 of the array that begins at the address. Unlike
 # a slice it counts no references, over which threads would fight; its indices are never negative, which allows vectors.
-floats, doubles = _view(types.float32), _view(types.float64)
-integers, unsigned, shorts = _view(types.int64), _view(types.uint64), _view(types.int16)
-bytes_, marks, words = _view(types.int8), _view(types.uint8), _view(types.int32)
+floats, doubles = view_of(types.float32), view_of(types.float64)
+integers, unsigned, shorts = view_of(types.int64), view_of(types.uint64), view_of(types.int16)
+bytes_, marks, words = view_of(types.int8), view_of(types.uint8), view_of(types.int32)
 
 
 @intrinsic

@@ -1,0 +1,140 @@
+"""Bits per byte after ten minutes of the tiny configuration: AdamW with a cosine, tuned, and Thinker's recipe.
+
+    python -m benchmarks.learning.bits [--data tinystories stdlib] [--share 0.25] [--seeds 0] [--tune] [--clock]
+
+Both sides have the same network, QK-norm and zero output projections included, the same text and dropout, compiled in
+bfloat16. A shared machine makes runs by the clock unfair, so each side gets the tokens that ten minutes give it: 6,500
+tokens/s for AdamW, and for Thinker's recipe less by the ratio of the two speeds, measured in turns. `--clock` trains
+each for the minutes themselves. `--share` takes a part of the budget, `--tune` other settings of both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from thinker.config import ThinkerConfig
+from thinker.data.shards import Corpus, prepare
+from thinker.train.config import TrainConfig
+from thinker.train.recipes import dropout_for
+from thinker.train.run import Run
+
+from . import pictures
+from .runs import Text, rehearse, seconds_in_turns, train
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "bits.json"
+SECONDS = 600.0
+ADAMW_TOKENS_PER_SECOND = 6500  # of the tiny configuration on the two quiet cores that the aims were set on
+ADAMW, OURS = "AdamW, cosine", "Thinker's recipe"
+TINY = ThinkerConfig.model_validate({"dropout": 0.0, "use_qk_norm": True})
+
+# As nanoGPT and many after it set AdamW; lr and rows are what --tune found best, of those that it has tried.
+PLAIN = {"optimizer": "adamw", "schedule": "cosine", "warmup": 0.05, "beta2": 0.95, "weight_decay": 0.1}
+PLAIN |= {"lr": 4e-3, "batch_size": 4}
+RECIPE = {"optimizer": "muon", "schedule": "linear", "warmup": 0.02, "lr": 3e-3, "muon_lr": 1e-2, "batch_size": 4}
+TUNED: dict[str, dict[str, Any]] = {
+    "AdamW, cosine: lr 0.008": PLAIN | {"lr": 8e-3},
+    "AdamW, cosine: lr 0.002": PLAIN | {"lr": 2e-3},
+    "AdamW, cosine: 2 rows": PLAIN | {"batch_size": 2},
+    "AdamW, cosine: 8 rows, lr 0.002": PLAIN | {"batch_size": 8, "lr": 2e-3},
+    "AdamW, cosine: warm-up 0.15": PLAIN | {"warmup": 0.15},
+    "Thinker's recipe: 8 rows": RECIPE | {"batch_size": 8},
+    "Thinker's recipe: wsd": RECIPE | {"schedule": "wsd"},
+}
+
+
+def contestant(corpus: Corpus, seed: int, chosen: dict[str, Any], tokens: float = 0) -> Run:
+    """A run of the tiny configuration on a text, at step 0; dropout as so many tokens of it ask for."""
+    config = TINY.changed(vocab_size=corpus.tokenizer.vocab_size, dropout=dropout_for(tokens / len(corpus.train)))
+    settings = TrainConfig.model_validate({"batch_size": 8, "seed": seed} | chosen)
+    return rehearse(config, settings, Text(corpus.train, corpus.valid), "bfloat16", compiled=True)
+
+
+def main() -> None:
+    """Run what `bits.json` lacks, then print the tables and draw the pictures."""
+    parser = argparse.ArgumentParser(description="Bits per byte after ten minutes of the tiny configuration.")
+    parser.add_argument("--data", nargs="+", default=["tinystories", "stdlib"])
+    parser.add_argument("--share", type=float, default=1.0, help="of the ten minutes' tokens")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--tune", action="store_true", help="candidates of both sides instead of the two sides")
+    # Not --only: torch's compiler looks for that flag on any command line, and writes its value into code.
+    parser.add_argument("--names", nargs="+", default=list(TUNED), choices=list(TUNED), help="of the candidates")
+    parser.add_argument("--clock", action="store_true", help="by the clock instead of by tokens: for a quiet machine")
+    parser.add_argument("--speeds", action="store_true", help="measure the ratio of the speeds again, in turns")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": []}
+    corpora = {name: prepare((name,), "bpe", TINY.vocab_size, TINY.ctx_len + 1, print) for name in options.data}
+    if options.speeds or "ratio" not in results:
+        some = next(iter(corpora.values()))
+        pair = [contestant(some, 0, {"steps": 10_000} | chosen) for chosen in (PLAIN, RECIPE)]
+        adamw, muon = seconds_in_turns(pair, rounds=4, steps=2)
+        results |= {"ratio": adamw / muon, "seconds_a_step": {ADAMW: adamw, OURS: muon}}
+        write(results)
+    if options.tune:
+        sides = {name: TUNED[name] for name in options.names}
+    else:
+        sides = {ADAMW: PLAIN, OURS: RECIPE}
+    for seed in options.seeds:
+        for data, corpus in corpora.items():
+            for name, chosen in sides.items():
+                key = {"name": name, "seed": seed, "data": data, "share": options.share, "clock": options.clock}
+                if any(all(one[part] == value for part, value in key.items()) for one in results["runs"]):
+                    continue
+                if options.clock:
+                    length: dict[str, Any] = {"minutes": SECONDS * options.share / 60}
+                else:
+                    speed = ADAMW_TOKENS_PER_SECOND * (results["ratio"] if chosen["optimizer"] == "muon" else 1)
+                    step = chosen.get("batch_size", 8) * TINY.ctx_len
+                    length = {"steps": round(SECONDS * options.share * speed / step)}
+                tokens = SECONDS * options.share * ADAMW_TOKENS_PER_SECOND
+                done = train(contestant(corpus, seed, chosen | length, tokens), name, 5)
+                bits = [look.loss / math.log(2) * corpus.tokens_per_byte for look in done.looks]
+                print(f"{data}, {name}, seed {seed}: {bits[-1]:.4f} bits per byte, {done.looks[-1]}", flush=True)
+                results["runs"].append(done.to_json() | key | {"bits_per_byte": bits})
+                write(results)
+    draw(results, options.share)
+    print(table(results))
+
+
+def write(results: dict[str, Any]) -> None:
+    """After every run, so that nothing is lost."""
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def draw(results: dict[str, Any], share: float) -> None:
+    """Bits per byte against tokens, a picture a text."""
+    for data in {one["data"] for one in results["runs"]}:
+        runs = [
+            one | {"looks": [look | {"loss": b} for look, b in zip(one["looks"], one["bits_per_byte"], strict=True)]}
+            for one in results["runs"]
+            if one["data"] == data and one["share"] == share
+        ]
+        pictures.learning(
+            HERE / f"bits_{data}.png", runs, [ADAMW, OURS], "tokens", value="bits per byte of held-out text"
+        )
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: every text, share and recipe."""
+    lines = ["| text | share of ten minutes | recipe | seeds | tokens | bits per byte |", "|---|---|---|---|---|---|"]
+    keys = sorted({(one["data"], one["share"], one["name"]) for one in results["runs"]})
+    for data, share, name in keys:
+        runs = [one for one in results["runs"] if (one["data"], one["share"], one["name"]) == (data, share, name)]
+        bits = np.array([one["bits_per_byte"][-1] for one in runs])
+        spread = f" ± {bits.std(ddof=1):.3f}" if len(bits) > 1 else ""
+        tokens = runs[0]["looks"][-1]["tokens"]
+        lines.append(f"| {data} | {share:g} | {name} | {len(runs)} | {tokens:,} | {bits.mean():.3f}{spread} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

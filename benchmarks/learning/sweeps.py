@@ -1,0 +1,104 @@
+"""One setting changed at a time around Thinker's recipe, at a share of nanoGPT's run; and dropout where text is short.
+
+    python -m benchmarks.learning.sweeps [--seeds 0 1] [--steps 125] [--names NAME …]
+
+What `thinker/train/recipes.py` chooses is argued from these. Differences within the spread of seeds say nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .nanogpt import characters, ours
+from .runs import Text, train
+
+RESULTS = Path(__file__).parent / "sweeps.json"
+ROWS = 24  # of the recipe; others take as many steps as make the same number of tokens
+CHANGES: dict[str, dict[str, Any]] = {
+    "the recipe": {},
+    "AdamW 3e-3": {"optimizer": "adamw"},
+    "without QK-norm": {"use_qk_norm": False},
+    "muon_lr 0.005": {"muon_lr": 5e-3},
+    "muon_lr 0.02": {"muon_lr": 2e-2},
+    "lr 0.0015": {"lr": 1.5e-3},
+    "lr 0.006": {"lr": 6e-3},
+    "cosine": {"schedule": "cosine"},
+    "wsd": {"schedule": "wsd"},
+    "warm-up 0.1": {"warmup": 0.1},
+    "weight decay 0.1": {"weight_decay": 0.1},
+    "β2 halving in 55,000 tokens": {"beta2": None, "beta2_tokens": 55_000.0},
+    "12 rows": {"batch_size": 12},
+    "6 rows": {"batch_size": 6},
+    "48 rows": {"batch_size": 48},
+    "ramp of a third": {"ramp": 1 / 3},
+}
+# Epochs over a beginning of the text, each with these dropouts.
+REPEATED = {
+    f"{epochs} epochs, dropout {dropout:g}": (epochs, dropout) for epochs in (3, 12) for dropout in (0, 0.1, 0.2)
+}
+
+
+def main() -> None:
+    """Run what `sweeps.json` lacks and print the table."""
+    parser = argparse.ArgumentParser(description="One setting changed at a time.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--steps", type=int, default=125, help="of 24 rows of 64 characters")
+    parser.add_argument("--names", nargs="+", default=[*CHANGES, *REPEATED], choices=[*CHANGES, *REPEATED])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    text = characters()
+    results: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    for seed in options.seeds:
+        for name in options.names:
+            key = {"name": name, "seed": seed, "steps_of_24": options.steps}
+            if any(all(one[part] == value for part, value in key.items()) for one in results):
+                continue
+            done = train(variant(text, seed, options.steps, name), name)
+            results.append(key | {"loss": done.loss, "settings": done.settings, "seconds": done.looks[-1].seconds})
+            print(f"{name}, seed {seed}: {done.loss:.4f} in {done.looks[-1].seconds:.0f} s", flush=True)
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+
+
+def variant(text: Text, seed: int, steps: int, name: str) -> Any:
+    """The run of that name."""
+    if name in REPEATED:
+        epochs, dropout = REPEATED[name]
+        size = steps * ROWS * 64 // epochs
+        return ours(Text(text.train[:size], text.valid), seed, steps, compiled=False, dropout=dropout)
+    changes = dict(CHANGES[name])
+    steps = steps * ROWS // changes.get("batch_size", ROWS)
+    if "ramp" in changes:
+        # a third of the steps with a quarter and a half of the rows; the tokens they lack come as further steps
+        ramp = round(steps * changes["ramp"])
+        changes["ramp"] = ramp
+        steps += round(ramp * (1 - (1 / 4 + 1 / 2) / 2))
+    return ours(text, seed, steps, compiled=False, **changes)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown: mean loss, spread, and the difference to the recipe's."""
+    lines = ["| changed | characters | seeds | validation loss | against the recipe |", "|---|---|---|---|---|"]
+    for steps in sorted({one["steps_of_24"] for one in results}):
+        of_steps = [one for one in results if one["steps_of_24"] == steps]
+        base = np.mean([one["loss"] for one in of_steps if one["name"] == "the recipe"] or [np.nan])
+        for name in [*CHANGES, *REPEATED]:
+            losses = np.array([one["loss"] for one in of_steps if one["name"] == name])
+            if not len(losses):
+                continue
+            spread = f" ({losses.min():.3f} to {losses.max():.3f})" if len(losses) > 1 else ""
+            against = "" if name in REPEATED or name == "the recipe" else f"{losses.mean() - base:+.3f}"
+            lines.append(
+                f"| {name} | {steps * ROWS * 64:,} | {len(losses)} | {losses.mean():.3f}{spread} | {against} |"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Kernels on disk: compiled once, loaded without Numba, never run when damaged or out of date."""
+
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from thinker.compiled import library
+from thinker.compiled.library import Kernel, pack, unpack
+
+SOURCE = """
+from thinker.compiled.memory import floats
+
+def weighted(address, count, factor):
+    x = floats(address, 0, count)
+    total = 0
+    for i in range(count):
+        x[i] = x[i] * 2
+        total += int(x[i]) * factor
+    return total
+"""
+
+
+@pytest.fixture
+def kernel(tmp_path, monkeypatch):
+    """make(source): a kernel of a module of its own with that source; its cache is tmp_path / "cache"."""
+    monkeypatch.setenv("THINKER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def make(source=SOURCE, module="kernel_under_test"):
+        path = tmp_path / f"{module}.py"
+        path.write_text(source)
+        sys.modules.pop(module, None)
+        return Kernel(module, "weighted", 3, [path])
+
+    return make
+
+
+def answer(kernel):
+    x = np.array([1, 2, 3], np.float32)
+    return kernel(x.ctypes.data, 3, 10), x.tolist()
+
+
+def test_a_kernel_computes_and_is_kept(kernel, monkeypatch):
+    """Bug: arguments or results in the wrong place, or every process compiles again."""
+    first = kernel()
+    assert not first.is_kept
+    assert answer(first) == (120, [2.0, 4.0, 6.0])
+    again = kernel()
+    assert again.is_kept
+    monkeypatch.setattr(library, "compile_kernel", None)
+    assert answer(again) == (120, [2.0, 4.0, 6.0])
+
+
+def test_a_changed_source_is_compiled_again(kernel):
+    """Bug: yesterday's machine code runs under today's source."""
+    assert answer(kernel())[0] == 120
+    assert answer(kernel(SOURCE.replace("total += int", "total -= int")))[0] == -120
+
+
+def test_damaged_code_is_never_run(kernel, tmp_path):
+    """Bug: half a file, or one with a flipped bit, is linked and called."""
+    answer(kernel())
+    (file,) = (tmp_path / "cache" / "kernels").iterdir()
+    whole = file.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-100] ^= 1
+    for damaged in (b"", b"{}", b"no json\n", whole[: len(whole) // 2], bytes(flipped)):
+        with pytest.raises(ValueError):
+            unpack(damaged)
+        file.write_bytes(damaged)
+        assert answer(kernel())[0] == 120
+        assert len(unpack(file.read_bytes())[1]) > 100
+    assert unpack(pack("name", b"code\nwith lines")) == ("name", b"code\nwith lines")
+
+
+def test_a_folder_that_cannot_be_written_is_no_hindrance(kernel, tmp_path, monkeypatch):
+    """Bug: no answer at all on a full or read-only disk."""
+    (tmp_path / "a_file").write_text("")
+    monkeypatch.setenv("THINKER_CACHE", str(tmp_path / "a_file"))
+    assert answer(kernel())[0] == 120
+
+
+def test_threads_that_begin_together_share_one_kernel(kernel, monkeypatch):
+    """Bug: each thread compiles for itself, or one runs code that another is still linking."""
+    compiled, shared, answers = [], kernel(), []
+    honest = library.compile_kernel
+
+    def counted(*arguments):
+        compiled.append(arguments)
+        return honest(*arguments)
+
+    monkeypatch.setattr(library, "compile_kernel", counted)
+    threads = [threading.Thread(target=lambda: answers.append(answer(shared)[0])) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [120] * 4
+    assert len(compiled) == 1
+
+
+def test_speaking_needs_no_numba_once_kernels_are_kept():
+    """Bug: an import brings Numba back, which takes longer than everything else that one answer needs."""
+    program = (
+        "import sys\n"
+        "from thinker.decode.native.kernels import member, product\n"
+        "from thinker.sampling import draw_rows\n"
+        "import thinker.decode.native.decoder, thinker.generate, thinker.llm, thinker.commands.generate\n"
+        "for kernel in (member, product, draw_rows):\n"
+        "    assert kernel.prepare()\n"
+        "print('numba' in sys.modules, 'torch' in sys.modules)\n"
+    )
+    for _ in range(2):  # the first may have to compile
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["False", "False"]

@@ -1,0 +1,165 @@
+"""Recipes: what is chosen, that a person's choice stays, and that going on repeats it."""
+
+import json
+
+import pytest
+import torch
+from test_loop import ARCHITECTURE, Silent, quiet
+
+from thinker.checkpoint import training
+from thinker.config import ThinkerConfig
+from thinker.train.config import TrainConfig, read_settings
+from thinker.train.decide import repeatable
+from thinker.train.loop import fit
+from thinker.train.recipes import choose, choose_rows, rounded, with_choices
+from thinker.train.start import begin, resume
+
+TINY = ThinkerConfig()
+
+
+def chosen(config=TINY, settings=None, given=(), steps=1000.0, epochs=0.5):
+    settings = settings or TrainConfig()
+    choices = choose(config, settings, set(given), settings.batch_size * config.ctx_len, steps, epochs)
+    return {name: value for choice in choices for name, value in choice.values.items()}
+
+
+def test_what_a_person_set_stays():
+    """Bug: a recipe overrides a flag, or a value that happens to equal the default counts as unset."""
+    settings = TrainConfig(lr=3e-3, schedule="cosine", warmup=0.0, early_stop=0, beta2=0.9, batch_size=8)
+    assert choose_rows(TINY, settings) == []
+    left = chosen(settings=settings, given={"dropout"}, epochs=9.0)
+    assert left == {"muon_lr": 1e-2, "weight_decay": 0.0}
+    assert "beta2_tokens" not in chosen(settings=TrainConfig(beta2_tokens=9.0))
+
+
+def test_rows_follow_the_width():
+    """Bug: rows without regard to the context, so that a short one makes steps of a few hundred tokens."""
+    assert choose_rows(TINY, TrainConfig())[0].values == {"batch_size": 4}
+    wide = TINY.changed(d_model=512, ctx_len=256)
+    assert choose_rows(wide, TrainConfig())[0].values == {"batch_size": 16}
+    assert choose_rows(TINY.changed(ctx_len=1 << 16), TrainConfig())[0].values == {"batch_size": 2}
+
+
+def test_dropout_that_costs_bits_is_said():
+    """Bug: the tiny configuration's own dropout wastes a short run without a word, or is taken away from who set it."""
+    config = TINY.changed(dropout=0.1)
+    lines = [str(choice) for choice in choose(config, TrainConfig(), {"dropout"}, 4096, 100.0, 0.5)]
+    assert lines[-1] == "dropout is set to 0.1, though at 0.50 epochs 0 learns more"
+    assert "dropout" not in chosen(config, given={"dropout"})
+    assert not any("learns more" in str(c) for c in choose(config, TrainConfig(), {"dropout"}, 4096, 100.0, 4.0))
+
+
+@pytest.mark.parametrize(("epochs", "dropout", "early_stop"), [(0.4, 0, 0), (1.5, 0, 4), (3, 0.1, 4), (30, 0.2, 4)])
+def test_dropout_and_protection_follow_the_epochs(epochs, dropout, early_stop):
+    """Bug: dropout costs a run whose text is all new, or text that is seen thirty times is learned by heart."""
+    values = chosen(epochs=epochs)
+    assert (values["dropout"], values["early_stop"]) == (dropout, early_stop)
+
+
+def test_a_trained_model_gets_lower_rates():
+    """Bug: fine-tuning at the rates of a new model forgets what the model knew."""
+    new, tuned = chosen(), chosen(settings=TrainConfig(init="somewhere"))
+    assert tuned["lr"] == pytest.approx(new["lr"] / 10)
+    assert tuned["muon_lr"] == pytest.approx(new["muon_lr"] / 10)
+    assert chosen(TINY.changed(d_model=1024))["lr"] < new["lr"]
+    assert "muon_lr" not in chosen(settings=TrainConfig(optimizer="adamw"))
+
+
+def test_large_steps_keep_a_beta2_of_095():
+    """Bug: a half-life in tokens that a large step outlives several times over, so that Adam remembers nothing."""
+    for tokens, beta2 in ((768, 0.990), (4096, 0.95), (1 << 20, 0.95)):
+        values = {c: v for one in choose(TINY, TrainConfig(), set(), tokens, 10.0, 0.1) for c, v in one.values.items()}
+        assert TrainConfig(beta2_tokens=values["beta2_tokens"]).adam_beta2(tokens) == pytest.approx(beta2, abs=2e-3)
+
+
+def test_every_choice_has_a_reason_in_one_line():
+    """Bug: a setting that changes without a word."""
+    lines = [str(choice) for choice in choose(TINY, TrainConfig(), set(), 4096, 1000.0, 5.0)]
+    assert all(": " in line and "\n" not in line for line in lines)
+    assert any("short of data" in line and "5.0 times" in line for line in lines)
+
+
+def test_settings_and_architecture_are_told_apart():
+    """Bug: dropout, which is of the architecture, is looked for among the run's settings."""
+    settings, config = with_choices(TrainConfig(steps=3), TINY, choose(TINY, TrainConfig(), set(), 4096, 9.0, 3.0))
+    assert (settings.steps, settings.early_stop, config.dropout) == (3, 4, 0.1)
+    assert config.changed(dropout=TINY.dropout) == TINY
+    assert rounded(0.0021213) == 0.0021
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch):
+    monkeypatch.setenv("THINKER_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "words.txt"
+    path.write_text("\n".join(f"line {n % 17} has {n % 5} words" for n in range(900)))
+    return path
+
+
+def test_a_run_takes_its_recipe_says_it_and_repeats_it_on_resuming(text, tmp_path):
+    """Bug: the recipe is printed and not followed, or a resumed run takes another one than it began with."""
+    architecture = ThinkerConfig(vocab_size=300, n_layers=1, d_model=32, n_heads=2, d_ff=64, ctx_len=32)
+    settings = TrainConfig(data=(str(text),), out=tmp_path / "run", steps=120, precision="float32", compile="off")
+    said = []
+    with repeatable(None):
+        run = begin(architecture, settings, set(), said.append)
+    assert run.settings.batch_size == 8
+    assert run.config.dropout == 0.1, "the text is seen several times"
+    assert run.model.blocks[0].dropout.p == run.model.dropout.p == run.model.config.dropout == 0.1
+    assert any(line.startswith("dropout 0.1: short of data") for line in said)
+    assert set(said[1:]) <= set(run.decisions.reasons), "but for what was found in the text"
+    assert run.optimizers[0].param_groups[0]["peak_lr"] == run.settings.muon_lr
+    with repeatable(None):
+        fit(run, Silent())
+        longer = resume(architecture, settings.changed(steps=9999), {"steps"}, quiet)
+    assert longer.settings == run.settings.changed(steps=9999)
+    assert longer.config == run.config
+    state = json.loads((training.latest(tmp_path / "run") / "state.json").read_text())
+    assert state["settings"]["early_stop"] == 4
+
+
+def test_dropout_in_the_configuration_stays(text, tmp_path):
+    """Bug: a configuration file's dropout, or a flag's, is replaced by the recipe's."""
+    path = tmp_path / "run.json"
+    path.write_text('{"dropout": 0.3, "n_layers": 1, "d_model": 32, "n_heads": 2, "d_ff": 64, "ctx_len": 32}')
+    flags = {"data": (str(text),), "out": tmp_path / "run", "steps": 3, "precision": "float32", "compile": "off"}
+    config, settings, given = read_settings(path, flags | {"vocab_size": 300})
+    with repeatable(None):
+        run = begin(config, settings, given, quiet)
+    assert run.config.dropout == run.model.dropout.p == 0.3
+    assert ARCHITECTURE.dropout == 0.1
+    assert torch.is_grad_enabled()
+
+
+def test_a_model_of_the_best_recipe_has_the_same_loss_in_transformers(text, tmp_path):
+    """Bug: what the recipe relies on (QK-norm, a best state other than the last) is lost on publishing."""
+    import transformers
+
+    architecture = ThinkerConfig(
+        vocab_size=300, n_layers=2, d_model=32, n_heads=2, d_ff=64, ctx_len=32, use_qk_norm=True
+    )
+    settings = TrainConfig(data=(str(text),), out=tmp_path / "run", steps=120, precision="float32", compile="off")
+    with repeatable(None):
+        run = begin(architecture, settings, set(), quiet)
+        fit(run, Silent())
+        run.take_best(quiet)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(run.folder, dtype=torch.float32)
+    assert type(theirs).__name__ == "Qwen3ForCausalLM"
+    rows = run.corpus.windows(32)[range(8)]
+    inputs, targets = (torch.from_numpy(part) for part in rows)
+    with torch.no_grad():
+        parts = run.module.eval()(inputs, targets)
+        logits = theirs.eval()(inputs).logits
+    ours = float(parts.total / parts.tokens)
+    assert ours < 3, "it has learned something"
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    assert float(loss) == pytest.approx(ours, abs=1e-5 * float(logits.abs().max()))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_muon_computes_in_what_the_probe_found_fast(text, tmp_path, precision, dtype):
+    """Bug: Muon orthogonalises in bfloat16 on a processor that has to emulate it, several times slower."""
+    architecture = ThinkerConfig(vocab_size=300, n_layers=1, d_model=32, n_heads=2, d_ff=64, ctx_len=32)
+    settings = TrainConfig(data=(str(text),), out=tmp_path / "run", steps=2, precision=precision, compile="off")
+    with repeatable(None):
+        run = begin(architecture, settings, set(), quiet)
+    assert run.optimizers[0].dtype == dtype

@@ -1,0 +1,107 @@
+"""How often a model answers conversations exactly as the data do: greedy replies, compared as text.
+
+Of a conversation the last reply is asked for, given everything before it, pictures and sounds included. Loss and bits
+per byte of texts are `evaluate.py`'s; where it is shown is the callers' business.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from .data.chats import CHAT_NAMES, Conversation, Skipped, open_chats
+from .data.digits import DIGIT_SETS
+from .llm import LLM
+from .messages import Message, text_of
+
+AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was asked, what is right, and what the model said."""
+
+    where: str
+    asked: tuple[Message, ...]
+    right: str
+    said: str
+
+    @property
+    def exact(self) -> bool:
+        """Whether both are the same text, but for space around it."""
+        return self.said.strip() == self.right.strip()
+
+    @property
+    def words(self) -> str:
+        """The words of the question."""
+        return text_of(self.asked[-1]["content"])
+
+
+def conversations_of(name: str, held_out_only: bool | None = None) -> list[Conversation]:
+    """What to ask: of a named set what is held out, else all by default. Raises `ValueError` if there is nothing."""
+    if held_out_only is None:
+        held_out_only = name in DIGIT_SETS or name in CHAT_NAMES
+    found = []
+    for item in open_chats([name]).sides():
+        if isinstance(item, Skipped) or (held_out_only and item[0] != "valid"):
+            continue
+        if item[1].messages[-1]["role"] == "assistant":
+            found.append(item[1])
+    if not found:
+        raise ValueError(f"{name}: holds no conversation that ends with the assistant's turn")
+    return found
+
+
+def answers(
+    llm: LLM,
+    conversations: Sequence[Conversation],
+    max_new_tokens: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """Ask all of them. `progress` is given the number of conversations done since it was last called."""
+    given: list[Answer] = []
+    for start in range(0, len(conversations), AT_ONCE):
+        some = conversations[start : start + AT_ONCE]
+        asked = [with_whole_paths(one) for one in some]
+        said = llm.replies([messages[:-1] for messages in asked], max_new_tokens=max_new_tokens)
+        given += [
+            Answer(one.where, messages[:-1], text_of(messages[-1]["content"]), reply)
+            for one, messages, reply in zip(some, asked, said, strict=True)
+        ]
+        if progress is not None:
+            progress(len(some))
+    return given
+
+
+def with_whole_paths(conversation: Conversation) -> tuple[Message, ...]:
+    """The messages, with paths of pictures and sounds that don't depend on the file they stand in."""
+    media = iter(conversation.media)
+
+    def whole(message: Message) -> Message:
+        content = message["content"]
+        if isinstance(content, str):
+            return message
+        parts = []
+        for part in content:
+            medium = next(media) if part["type"] != "text" else None
+            parts.append(part if medium is None or medium.path is None else {
+                "type": medium.kind, medium.kind: str(medium.path)
+            })  # fmt: skip
+        return {**message, "content": parts}
+
+    return tuple(whole(message) for message in conversation.messages)
+
+
+def share(some: Iterable[Answer]) -> float:
+    """The share of exact answers."""
+    exact = [answer.exact for answer in some]
+    return sum(exact) / len(exact)
+
+
+def by_question(some: Iterable[Answer]) -> dict[str, list[Answer]]:
+    """Answers by the words of their question."""
+    groups: dict[str, list[Answer]] = defaultdict(list)
+    for answer in some:
+        groups[answer.words].append(answer)
+    return dict(groups)

@@ -1,0 +1,68 @@
+"""Thinker's own decoders against the plain forward and against themselves: cached, batched, from embeddings."""
+
+# T tokens, D d_model
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ..decode.decoder import Decoder
+from ..formats import ModelFiles
+from ..llm import LLM
+from .truth import Check, Say, Truth, within
+
+
+def decoder_checks(
+    name: str,
+    make: Callable[[], Decoder],
+    llm: LLM,
+    tokens: np.ndarray,
+    truth: Truth,
+    same_bytes: bool,
+    say: Say,
+) -> list[Check]:
+    """Cached equals uncached, a batch equals each alone, embeddings equal ids: to rounding, or to the byte."""
+    tolerance = 0.0 if same_bytes else truth.tolerance
+    say(f"{name}: token by token, in company, and from embeddings")
+    decoder = make()
+    half = len(tokens) // 2
+    whole = decoder.prefill(0, tokens, every=True)
+    decoder.truncate(0, 0)
+    stepped = [decoder.prefill(0, tokens[:half])[None]]
+    stepped += [decoder.step([0], [token]) for token in tokens[half:]]
+    cached = np.concatenate(stepped)[:-1] if len(stepped) > 1 else stepped[0]
+    alone = []
+    for slot in range(decoder.slots):
+        decoder.truncate(slot, 0)
+        decoder.prefill(slot, tokens[: 3 + 2 * slot])
+        alone.append(decoder.step([slot], [tokens[slot]])[0])
+        decoder.truncate(slot, 3 + 2 * slot)
+    together = decoder.step(range(decoder.slots), tokens[: decoder.slots])
+    decoder.truncate(0, 0)
+    embedding = llm.model.tok_emb.weight.detach()[tokens.tolist()].float().cpu().numpy()
+    embedded = decoder.prefill(0, embeddings=embedding, every=True)
+    return [
+        within(f"{name}: cached equals uncached", cached, whole[half - 1 : -1], tolerance),
+        within(f"{name}: a batch equals each alone", together, np.stack(alone), tolerance),
+        within(f"{name}: embeddings equal ids", embedded, whole, tolerance),
+        within(f"{name}: decoder equals torch in float64", whole, truth.logits, truth.tolerance),
+    ]
+
+
+def torch_checks(llm: LLM, tokens: np.ndarray, truth: Truth, say: Say) -> list[Check]:
+    """The torch decoder, to rounding."""
+    from ..decode.torch_decoder import TorchDecoder
+
+    return decoder_checks("torch", lambda: TorchDecoder(llm.model, 3), llm, tokens, truth, False, say)
+
+
+def native_checks(files: ModelFiles, llm: LLM, tokens: np.ndarray, truth: Truth, say: Say) -> list[Check]:
+    """The same for the native decoder, to the byte."""
+    from ..decode.native import NativeUnavailable, open_native
+
+    try:
+        return decoder_checks("native", lambda: open_native(files, 3), llm, tokens, truth, True, say)
+    except NativeUnavailable as error:
+        return [Check("native equals torch", None, None, None, str(error))]

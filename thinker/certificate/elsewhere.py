@@ -1,0 +1,194 @@
+"""Other programs on what Thinker publishes and exports: transformers and llama.cpp, where they are installed."""
+
+# T tokens, V vocabulary
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from ..checkpoint.publish import Publication, write_view
+from ..checkpoint.reader import widen
+from ..formats import ModelFiles, Q8Tensor
+from ..formats.gguf_export import export_gguf, exportable
+from ..formats.huggingface import expressible
+from ..formats.tensors import LazyTensors
+from ..llm import LLM
+from .truth import Check, Say, Truth, within
+
+GREEDY_TOKENS = 32
+
+AWKWARD_TEXTS = (
+    "Hello, world!",
+    "  leading and   inner spaces  ",
+    "tabs\tand\nnewlines\r\n\n\n",
+    "1234567890 3.14159 1e-5",
+    "def f(x):\n    return x ** 2  # code",
+    "naïve café Größe 你好 привет",
+    "emoji 🙂👩‍👩‍👧 and e\u0301",
+    "<|eos|> <|user|> </s> <s> [INST]",
+)
+
+
+def transformers_checks(files: ModelFiles, llm: LLM, tokens: np.ndarray, truth: Truth, say: Say) -> list[Check]:
+    """Logits and greedy text of transformers on this folder, or on a view published from it for another format."""
+    name = "transformers equals Thinker"
+    reason = expressible(files.config)
+    if reason is None and importlib.util.find_spec("transformers") is None:
+        reason = "transformers is not installed"
+    if reason is not None:
+        return [Check(name, None, None, None, reason)]
+    say("transformers")
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    with contextlib.ExitStack() as stack:
+        folder = files.path
+        if not folder.is_dir():
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            write_view(folder, 0, files.config, float_tensors(files), Publication(), None)
+        stack.enter_context(quiet_transformers())
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        model.generation_config = GenerationConfig()  # greedy, and no end of text ends it
+        ids = torch.from_numpy(tokens)[None]
+        with torch.inference_mode():
+            logits = model(ids).logits[0].numpy()
+        prompt, room = beginning(llm, tokens)
+        written = model.generate(ids[:, : len(prompt)], max_new_tokens=room)[0, len(prompt) :].tolist()
+    same = same_beginning(greedy(llm, prompt, room), written)
+    return [
+        within(name, logits, truth.logits, truth.tolerance, type(model).__name__),
+        Check("transformers: same greedy continuation", float(same), float(room), same == room, "tokens"),
+    ]
+
+
+def beginning(llm: LLM, tokens: np.ndarray) -> tuple[list[int], int]:
+    """What to continue greedily, and how far."""
+    prompt = [int(token) for token in tokens[:8]]
+    return prompt, min(GREEDY_TOKENS, llm.config.ctx_len - len(prompt))
+
+
+def same_beginning(ours: list[int], theirs: list[int]) -> int:
+    """How many tokens two texts have in common from the first on."""
+    return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(ours))
+
+
+def gguf_checks(files: ModelFiles, llm: LLM, tokens: np.ndarray, truth: Truth, say: Say) -> list[Check]:
+    """llama.cpp on a fresh float32 export: tokens of awkward texts, log-probabilities, a greedy continuation."""
+    name = "llama.cpp equals Thinker"
+    reason = exportable(files.config, "f32")
+    if reason is None and files.tokenizer_json is None:
+        reason = "there is no tokenizer.json to export"
+    if reason is None and importlib.util.find_spec("llama_cpp") is None:
+        reason = "llama-cpp-python is not installed"
+    if reason is not None:
+        return [Check(name, None, None, None, reason)]
+    say("llama.cpp on a float32 export")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        export_gguf(files, path, "f32")
+        return verify_gguf(path, llm, tokens, truth)
+
+
+def verify_gguf(path: Path, llm: LLM, tokens: np.ndarray, truth: Truth, exact: bool = True) -> list[Check]:
+    """llama.cpp on a GGUF file against Thinker on the model it was made from.
+
+    exact: the file is in float32, so logits agree to rounding and the greedy text is the same; otherwise the difference
+    of log-probabilities is only reported. llama.cpp keeps keys and values in float32 here, not in its default float16.
+    """
+    import llama_cpp
+
+    llama = llama_cpp.Llama(
+        str(path),
+        n_ctx=max(llm.config.ctx_len, 256),  # less it rounds up, and complains
+        n_batch=len(tokens),
+        n_ubatch=len(tokens),
+        type_k=llama_cpp.GGML_TYPE_F32,
+        type_v=llama_cpp.GGML_TYPE_F32,
+        logits_all=True,
+        verbose=False,
+    )
+    wrong = [
+        text
+        for text in AWKWARD_TEXTS
+        if llama.tokenize(text.encode(), add_bos=False, special=False) != llm.tokenizer.encode(text)
+    ]
+    same_tokens = Check(
+        "llama.cpp: same tokens for awkward texts", float(len(wrong)), 0.0, not wrong, repr(wrong[0]) if wrong else ""
+    )
+    llama.eval(tokens.tolist())
+    theirs = np.array(llama.scores[: len(tokens)], np.float64)
+    if exact:
+        name = "llama.cpp: float32 logits equal Thinker's"
+        logits = within(name, theirs, truth.logits, truth.tolerance, "keys, values float32")
+    else:
+        difference = float(np.abs(log_softmax(theirs) - log_softmax(truth.logits)).max())
+        logits = Check("llama.cpp: greatest difference in log-probability", difference, None, None, "quantised")
+    prompt, room = beginning(llm, tokens)
+    llama.reset()
+    written: list[int] = []
+    for token in llama.generate(prompt, temp=0.0):
+        written.append(token)
+        if len(written) == room:
+            break
+    same = same_beginning(greedy(llm, prompt, room), written)
+    llama.close()
+    continuation = Check(
+        "llama.cpp: same greedy continuation", float(same), float(room), same == room if exact else None, "tokens"
+    )
+    return [same_tokens, logits, continuation]
+
+
+def greedy(llm: LLM, prompt: list[int], count: int) -> list[int]:
+    """The likeliest continuation in float32, whatever comes: no end of text ends it."""
+    from ..decode.torch_decoder import TorchDecoder
+
+    decoder = TorchDecoder(llm.model)
+    logits = decoder.prefill(0, prompt)
+    written = [int(logits.argmax())]
+    while len(written) < count:
+        written.append(int(decoder.step([0], [written[-1]])[0].argmax()))
+    return written
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Of the last axis, in the array's own precision."""
+    top = logits.max(axis=-1, keepdims=True)
+    return logits - top - np.log(np.exp(logits - top).sum(axis=-1, keepdims=True))
+
+
+def float_tensors(files: ModelFiles) -> LazyTensors:
+    """A model's tensors in float32, each made when it is asked for."""
+
+    def make(name: str) -> Callable[[], np.ndarray]:
+        def read() -> np.ndarray:
+            tensor = files.tensors[name]
+            return tensor.to_float32() if isinstance(tensor, Q8Tensor) else widen(tensor)
+
+        return read
+
+    return LazyTensors({name: make(name) for name in files.tensors}, str(files.path))
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and advice from transformers, and no look at its hub, inside the block."""
+    from transformers.utils import logging
+
+    before, offline = logging.get_verbosity(), os.environ.get("HF_HUB_OFFLINE")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        logging.enable_progress_bar()
+        if offline is None:
+            del os.environ["HF_HUB_OFFLINE"]

@@ -1,0 +1,135 @@
+"""Kernels on disk: compiled with Numba when there are none for this processor, and loaded with LLVM's linker alone.
+
+Importing Numba takes longer than all else that one answer needs, so what is loaded here is the bare object file. It
+depends on the kernel's sources, on the compiler's versions and on the processor, whose hash is in its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from llvmlite import binding
+
+from ..places import cache_folder
+
+HERE = Path(__file__).parent
+COMPILERS = ("numba", "llvmlite")
+
+
+class Kernel:
+    """A compiled function of so many int64 (numbers, addresses) that returns one; called with Python's lock held.
+
+    `module` holds it as plain Python, and is only imported to compile it; `sources` are all files that it is made of.
+    """
+
+    def __init__(self, module: str, name: str, arguments: int, sources: Sequence[Path]) -> None:
+        self.module, self.name, self.arguments, self.sources = module, name, arguments, sources
+        self._lock = threading.Lock()
+        self._engine: binding.ExecutionEngine | None = None  # keeps the code in memory
+
+    def __call__(self, *arguments: int) -> int:
+        result, error = ctypes.c_int64(), ctypes.c_void_p()
+        status = self._function(ctypes.byref(result), ctypes.byref(error), *arguments)
+        assert status == 0, (self.name, status)
+        return result.value
+
+    def prepare(self) -> int:
+        """Compile or load it, unless that is done: where the code is, which follows Numba's calling convention."""
+        with self._lock:
+            if self._engine is None:
+                self._engine, self._address = load(*self._code())
+            return self._address
+
+    @cached_property
+    def is_kept(self) -> bool:
+        """Whether it has been compiled before."""
+        return self._file.exists()
+
+    @cached_property
+    def _function(self) -> Callable[..., int]:
+        pointers = [ctypes.c_void_p] * 2
+        kind = ctypes.PYFUNCTYPE(ctypes.c_int32, *pointers, *[ctypes.c_int64] * self.arguments)
+        return kind(self.prepare())
+
+    @cached_property
+    def _file(self) -> Path:
+        digest = hashlib.sha256()
+        for source in [*sorted(HERE.glob("*.py")), *sorted(self.sources)]:
+            digest.update(source.read_bytes())
+        versions = [sys.version, *map(importlib.metadata.version, COMPILERS), binding.get_host_cpu_name()]
+        digest.update(repr((versions, binding.get_host_cpu_features().flatten())).encode())
+        return cache_folder() / "kernels" / f"{self.name}-{digest.hexdigest()[:16]}"
+
+    def _code(self) -> tuple[str, bytes]:
+        """Its symbol and its object file, from the disk, or made and put there if that can be written."""
+        with contextlib.suppress(OSError, ValueError):
+            return unpack(self._file.read_bytes())
+        function = getattr(importlib.import_module(self.module), self.name)
+        symbol, code = compile_kernel(function, self.arguments)
+        with contextlib.suppress(OSError):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self._file.parent, delete=False) as file:
+                file.write(pack(symbol, code))
+            os.replace(file.name, self._file)
+        return symbol, code
+
+
+def compile_kernel(function: Callable[..., Any], arguments: int) -> tuple[str, bytes]:
+    """The symbol of a function of int64 and the object file that defines it. What Numba can't compile, it raises."""
+    from numba import types
+    from numba.core import compiler
+    from numba.core.registry import cpu_target
+
+    flags = compiler.Flags()
+    flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
+    flags.error_model = "numpy"
+    result = compiler.compile_extra(
+        cpu_target.typing_context,
+        cpu_target.target_context,
+        function,
+        (types.int64,) * arguments,
+        types.int64,
+        flags,
+        {},
+    )
+    _, _, (code, _) = result.library.serialize_using_object_code()
+    return result.fndesc.llvm_func_name, code
+
+
+def load(symbol: str, code: bytes) -> tuple[binding.ExecutionEngine, int]:
+    """Link an object file into this process: what keeps it there, and the symbol's address."""
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    machine = binding.Target.from_default_triple().create_target_machine()
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
+    engine.add_object_file(binding.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    return engine, engine.get_function_address(symbol)
+
+
+def pack(symbol: str, code: bytes) -> bytes:
+    """A file: one line of JSON, then the object file."""
+    head = {"symbol": symbol, "sha256": hashlib.sha256(code).hexdigest()}
+    return json.dumps(head).encode() + b"\n" + code
+
+
+def unpack(content: bytes) -> tuple[str, bytes]:
+    """Back again. Raises `ValueError` for a file that was damaged: code is run only as it was written."""
+    line, _, code = content.partition(b"\n")
+    head = json.loads(line)
+    if not isinstance(head, dict) or head.get("sha256") != hashlib.sha256(code).hexdigest():
+        raise ValueError("the kernel on disk is damaged")
+    return head["symbol"], code

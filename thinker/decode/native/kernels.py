@@ -1,0 +1,15 @@
+"""The two compiled functions of native decoding, for `decoder.py` and `team.py`. To import this compiles nothing.
+
+What they are made of is in the files beside this one that import Numba, which only compiling brings in.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...compiled.library import Kernel
+from ...sampling import KERNELS
+
+SOURCES = [KERNELS, *Path(__file__).parent.glob("*.py")]
+member = Kernel("thinker.decode.native.member", "member", 4, SOURCES)
+product = Kernel("thinker.decode.native.product", "product", 15, SOURCES)

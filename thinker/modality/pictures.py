@@ -1,0 +1,72 @@
+"""A picture's file to pixels of one size, by Pillow. Sizes are bounded before anything is decoded.
+
+Cutting into patches and everything learned is in `vision.py`.
+"""
+
+# S side of the scaled picture, C channels
+
+from __future__ import annotations
+
+import warnings
+from typing import BinaryIO
+
+import numpy as np
+
+from .settings import PictureConfig
+
+MOST_PIXELS = 50_000_000  # of the file's picture: a decompression bomb has more
+
+
+def read_picture(file: BinaryIO, name: str, config: PictureConfig) -> np.ndarray:
+    """The picture scaled to the config's square, uint8 (S, S, C); transparency lies on white.
+
+    Raises `ValueError` with the name and the reason: damaged, animated, more than 50 million pixels, no Pillow.
+    """
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        raise ValueError(f"{name}: pictures need Pillow: pip install 'thinker[senses]'") from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own bound warns, ours refuses
+            picture: Image.Image = Image.open(file)
+            width, height = picture.size
+            if width * height > MOST_PIXELS:
+                raise ValueError(
+                    f"{name}: {width} × {height} is {width * height:,} pixels, more than the {MOST_PIXELS:,} that are "
+                    "decoded: scale it down first"
+                )
+            if (frames := getattr(picture, "n_frames", 1)) > 1:
+                raise ValueError(f"{name}: is animated, {frames} frames where 1 is taken: save one of them")
+            if picture.mode in ("I", "F", "I;16", "I;16B"):
+                picture = _eight_bits(picture)
+            picture = ImageOps.exif_transpose(picture)
+            if "A" in picture.getbands() or "transparency" in picture.info:
+                picture = picture.convert("RGBA")
+                ground = Image.new("RGBA", picture.size, "white")
+                picture = Image.alpha_composite(ground, picture)
+            picture = picture.convert("L" if config.channels == 1 else "RGB")
+            picture = picture.resize((config.size, config.size), Image.Resampling.BILINEAR)
+    except ValueError as error:
+        raise error if str(error).startswith(name) else ValueError(f"{name}: {_said(error)}") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name}: has more than the {MOST_PIXELS:,} pixels that are decoded ({error})") from None
+    except (OSError, SyntaxError, EOFError) as error:
+        raise ValueError(f"{name}: {_said(error)}") from None
+    return np.asarray(picture, np.uint8).reshape(config.size, config.size, config.channels)
+
+
+def _said(error: BaseException) -> str:
+    """Pillow's reason on one line; a file that it doesn't know has an address in memory in its message."""
+    text = " ".join(str(error).split())
+    return "is no picture that Pillow can read" if "cannot identify" in text or not text else f"is damaged ({text})"
+
+
+def _eight_bits(picture):  # type: ignore[no-untyped-def]
+    """16-bit and float greys spread over 0 to 255; Pillow alone would cut them off."""
+    from PIL import Image
+
+    values = np.asarray(picture, np.float32)
+    low, high = float(values.min()), float(values.max())
+    top = 65535.0 if picture.mode.startswith("I") and high > 255 else max(high, 1.0)
+    return Image.fromarray(np.clip(255 * (values - min(low, 0.0)) / top, 0, 255).astype(np.uint8))

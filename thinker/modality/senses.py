@@ -1,0 +1,104 @@
+"""The senses of one model: an encoder and a projector for each kind of medium, and what they make of a batch of media.
+
+Parameters are named by kind, `image.encoder.…` and `audio.projector.…`; files of them are `checkpoint/`'s business.
+"""
+
+# B media of one kind, N positions of all of them, D d_model
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .audio import SoundEncoder
+from .augment import changed_pictures, changed_sounds
+from .projector import Projector
+from .settings import FeatureConfig, Kind, PictureConfig, SensesConfig, SoundConfig
+from .vision import PictureEncoder
+
+
+class Sense(nn.Module):
+    """One encoder, None where features come from elsewhere, and its projector."""
+
+    def __init__(self, config: PictureConfig | SoundConfig | FeatureConfig, d_model: int) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder: PictureEncoder | SoundEncoder | None = None
+        if isinstance(config, PictureConfig):
+            self.encoder = PictureEncoder(config)
+        elif isinstance(config, SoundConfig):
+            self.encoder = SoundEncoder(config)
+        self.projector = Projector(config.projector, config.width, d_model)
+        if config.projector.frozen:
+            self.projector.requires_grad_(False)
+        if self.encoder is not None and not isinstance(config, FeatureConfig) and config.frozen:
+            self.encoder.requires_grad_(False)
+
+    def encode(self, media: Sequence[np.ndarray], draws: np.ndarray | None = None) -> Tensor:
+        """Prepared media (`Medium.prepared`) to the encoder's features (N, width), one medium's after the other's.
+
+        draws (B, 16) in [0, 1): the media are changed by them first, as in training.
+        """
+        device = self.projector.out.weight.device
+        if isinstance(self.encoder, PictureEncoder):
+            pixels = torch.from_numpy(np.stack(media))
+            if draws is not None and self.encoder.config.augment:
+                pixels = changed_pictures(pixels, torch.from_numpy(draws))
+            return self.encoder(pixels.to(device)).flatten(0, 1)
+        if isinstance(self.encoder, SoundEncoder):
+            lengths = torch.tensor([len(one) for one in media])
+            frames = torch.zeros(len(media), int(lengths.max()), media[0].shape[1])
+            for row, one in enumerate(media):
+                frames[row, : len(one)] = torch.from_numpy(np.array(one))
+            if draws is not None and self.encoder.config.augment:
+                frames = changed_sounds(frames, lengths, torch.from_numpy(draws))
+            features, real = self.encoder(frames.to(device), lengths.to(device))
+            return features[real]
+        return torch.from_numpy(np.concatenate(media)).to(device)
+
+    def forward(self, media: Sequence[np.ndarray], draws: np.ndarray | None = None) -> Tensor:
+        """Prepared media to embeddings (N, D), in order."""
+        return self.projector(self.encode(media, draws))
+
+
+class Senses(nn.Module):
+    """All senses of a model, by kind."""
+
+    def __init__(self, config: SensesConfig, d_model: int) -> None:
+        super().__init__()
+        self.config = config
+        for kind in config.kinds:
+            self.add_module(kind, Sense(config.needed(kind), d_model))
+
+    def of(self, kind: Kind) -> Sense:
+        """One of them. Raises `ValueError` if the model lacks it."""
+        self.config.needed(kind)
+        sense = self.get_submodule(kind)
+        assert isinstance(sense, Sense)
+        return sense
+
+
+def copy_tensors(senses: Senses | Sense, tensors: Mapping[str, np.ndarray], where: str) -> None:
+    """Copy tensors by name into all parameters. Raises `ValueError` when names or shapes differ."""
+    parameters = dict(senses.named_parameters())
+    if parameters.keys() != set(tensors):
+        odd = sorted(parameters.keys() ^ set(tensors))
+        raise ValueError(f"{where}: senses and file differ in {len(odd)} parameters, {odd[0]} first")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if tensors[name].shape != tuple(parameter.shape):
+                raise ValueError(f"{where}: {name} is {tensors[name].shape}, expected {tuple(parameter.shape)}")
+            parameter.copy_(torch.from_numpy(np.array(tensors[name], np.float32)))
+
+
+def take_over(senses: Senses, config: SensesConfig, tensors: Mapping[str, np.ndarray]) -> None:
+    """Begin with what another model has learned, for each sense that is built in the same way there."""
+    for kind in senses.config.kinds:
+        ours, theirs = senses.config.needed(kind), config.of(kind)
+        if theirs is None or ours.structure() != theirs.structure():
+            continue
+        own = {name: values for name, values in tensors.items() if name.startswith(f"{kind}.")}
+        copy_tensors(senses.of(kind), {name.partition(".")[2]: values for name, values in own.items()}, kind)

@@ -1,0 +1,154 @@
+"""The memory of this process and of this machine, as the system counts it, and the C library's heap.
+
+What a training run needs of them is worked out in `rehearsal.py` and `estimate.py`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+ALIGNMENT = 64  # of torch's tensors on a processor
+PAGE = 1 << 15  # bytes that are taken to be written together
+PAGES = 1 << 22  # of the heap, 128 GB, whose addresses are told apart
+PR_SET_THP_DISABLE = 41  # of linux/prctl.h
+
+
+class Heap:
+    """What the heap would hold of the system if every piece taken from it were written to; nobody must write to any.
+
+    What is given back stays a hole, unless it is large enough to lie outside the heap, or the heap's end comes down
+    to it. With another C library than glibc, and on request, nothing is taken, and nothing held.
+    """
+
+    def __init__(self, known: bool = True) -> None:
+        self.apart = 0  # bytes of the pieces outside the heap
+        self.pages = 0  # of the heap that were written to
+        self.most = 0  # bytes held, at most
+        heap = re.search(r"^(\w+)-\w+ .*\[heap\]$", _text("/proc/self/maps"), re.MULTILINE)
+        self.known = known and heap is not None and platform.libc_ver()[0] == "glibc"
+        if heap is None or not self.known:
+            return
+        self.begin = int(heap[1], 16)
+        self.written = np.zeros(PAGES, bool)
+        self.c = ctypes.CDLL(None)
+        self.c.memalign.restype = self.c.sbrk.restype = ctypes.c_void_p
+        self.c.memalign.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
+        self.c.sbrk.argtypes = [ctypes.c_ssize_t]
+        self.c.free.argtypes = [ctypes.c_void_p]
+        self.end = self.c.sbrk(0)
+
+    def take(self, size: int) -> int | None:
+        """The address of a new piece; None where there is none to have."""
+        address: int | None = self.c.memalign(ALIGNMENT, size) if self.known else None
+        if address is None:
+            return None
+        if self._inside(address):
+            self.end = self.c.sbrk(0)
+            first = (address - self.begin) // PAGE
+            part = self.written[first : (address + size - 1 - self.begin) // PAGE + 1]
+            self.pages += part.size - int(np.count_nonzero(part))
+            part[:] = True
+        else:
+            self.apart += size
+        self.most = max(self.most, self.held)
+        return address
+
+    def give_back(self, address: int | None, size: int) -> None:
+        """Return a piece that `take` gave."""
+        if address is None:
+            return
+        self.c.free(address)
+        if not self._inside(address):
+            self.apart -= size
+        elif (end := self.c.sbrk(0)) < self.end:
+            gone = self.written[(end - self.begin) // PAGE + 1 : (self.end - self.begin) // PAGE + 1]
+            self.pages -= int(np.count_nonzero(gone))
+            gone[:] = False
+            self.end = end
+
+    @property
+    def held(self) -> int:
+        """Bytes held now."""
+        return self.pages * PAGE + self.apart
+
+    def _inside(self, address: int) -> bool:
+        return 0 <= address - self.begin < PAGES * PAGE
+
+    @contextmanager
+    def in_small_pages(self) -> Iterator[None]:
+        """Inside the block the few bytes that the heap itself writes beside a piece never take a huge page."""
+        if self.known:
+            self.c.prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
+        try:
+            yield
+        finally:
+            if self.known:
+                self.c.prctl(PR_SET_THP_DISABLE, 0, 0, 0, 0)
+
+
+def trim() -> None:
+    """Give the system back what the heap does not use, where the C library is glibc."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds now; what it held at most where the system doesn't tell."""
+    return _status("VmRSS") or _most_by_getrusage()
+
+
+def peak() -> int:
+    """Bytes that this process has held at most, since `forget_peak` where the system can do that."""
+    return _status("VmHWM") or _most_by_getrusage()
+
+
+def forget_peak() -> bool:
+    """Let the system count the peak of this process from now on; False where it can't."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def free_memory() -> int | None:
+    """Bytes that this process could hold without swapping, what it holds already included; None where nobody tells."""
+    limits = []
+    if found := re.search(r"^MemAvailable:\s*(\d+) kB", _text("/proc/meminfo"), re.MULTILINE):
+        limits.append(int(found[1]) * 1024 + resident())
+    elif sys.platform == "darwin":
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    group = Path("/sys/fs/cgroup")  # what a container may have; of what it has, cached files can go
+    most, now = _text(group / "memory.max").strip(), _text(group / "memory.current").strip()
+    if most.isdigit() and now.isdigit():
+        cached = re.search(r"^inactive_file (\d+)", _text(group / "memory.stat"), re.MULTILINE)
+        limits.append(int(most) - int(now) + (int(cached[1]) if cached else 0) + resident())
+    return min(limits, default=None)
+
+
+def _status(field: str) -> int | None:
+    found = re.search(rf"^{field}:\s*(\d+) kB", _text("/proc/self/status"), re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
+
+
+def _most_by_getrusage() -> int:
+    import resource  # not there on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _text(path: str | Path) -> str:
+    """What a file of the system says; nothing where there is none."""
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,128 @@
+"""Recipes: what a run's unset settings become, from the model's size, the amount of text and the budget.
+
+What a person set, in a file or by a flag, stays. Each choice comes with its reason in one line. Rows and rates come
+from the sweeps in `benchmarks/learning/`, whose results say how far they reach (models of 0.8 to 7 million parameters,
+minutes on a processor), and which choices are still from common practice. What is chosen is recorded with the run, and
+going on repeats it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import ThinkerConfig
+from .config import BETA2_TOKENS, TrainConfig
+
+# More tokens a step mean fewer steps, and steps are what a short run lacks: in the sweeps fewer rows were worth more
+# than any rate. Fewer tokens than some 6 times d_model a step, and Muon's update takes a good part of the time.
+TOKENS_PER_WIDTH = 8
+WIDTH_OF_RATES = 256  # the d_model that AdamW's rate below was found at
+FROM_NOTHING = {"lr": 3e-3, "muon_lr": 1e-2, "adamw_lr": 2e-3}
+FINE_TUNING = 0.1  # of the rates from nothing
+SHORT_OF_DATA = 2.0  # epochs from which on there is dropout
+PLENTY_OF_REPETITION = 8.0
+PATIENCE = 4  # of 12 looks: a third of the run
+COMPILED_GAIN = 1.5  # a compiled step against the eager one that was probed
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Settings chosen together, and why in one line; or, without settings, advice."""
+
+    values: Mapping[str, Any]
+    reason: str
+
+    def __str__(self) -> str:
+        chosen = ", ".join(f"{name} {_shown(value)}" for name, value in self.values.items())
+        return f"{chosen}: {self.reason}" if chosen else self.reason
+
+
+def choose_rows(config: ThinkerConfig, settings: TrainConfig) -> list[Choice]:
+    """Rows of a batch, before anything is known of the machine."""
+    if settings.model_fields_set & {"batch_size", "accumulate"}:
+        return []
+    rows = max(2, round(TOKENS_PER_WIDTH * config.d_model / config.ctx_len))
+    why = f"{rows * config.ctx_len:,} tokens a step, few enough for many steps, enough to repay Muon's update"
+    return [Choice({"batch_size": rows}, why)]
+
+
+def choose(
+    config: ThinkerConfig, settings: TrainConfig, given: set[str], tokens_per_step: int, steps: float, epochs: float
+) -> list[Choice]:
+    """Everything else, when rows and expected length are known. `given` names what a person set of the architecture."""
+    choices = [
+        _rates(config, settings),
+        Choice({"schedule": "linear"}, "to zero at the end, so that longer runs lose nothing"),
+        Choice({"warmup": 0.02}, f"{max(1, round(0.02 * steps)):,} of some {steps:,.0f} steps"),
+        Choice({"weight_decay": 0.0}, "it changed nothing in runs of minutes"),
+    ]
+    if settings.beta2 is None:
+        half_life = max(BETA2_TOKENS, 13.5 * tokens_per_step)
+        beta2 = settings.changed(beta2_tokens=half_life).adam_beta2(tokens_per_step)
+        choices.append(Choice({"beta2_tokens": half_life}, f"β2 {beta2:.3f} at {tokens_per_step:,} tokens a step"))
+    choices += [_dropout(epochs), _protection(epochs)]
+    kept = []
+    for choice in choices:
+        free = {name: value for name, value in choice.values.items() if name not in settings.model_fields_set | given}
+        if free:
+            kept.append(Choice(free, choice.reason))
+    better = dropout_for(epochs)
+    if "dropout" in given and config.dropout > better:
+        why = f"dropout is set to {config.dropout:g}, though at {epochs:.2f} epochs {better:g} learns more"
+        kept.append(Choice({}, why))
+    return kept
+
+
+def with_choices(
+    settings: TrainConfig, config: ThinkerConfig, choices: Iterable[Choice]
+) -> tuple[TrainConfig, ThinkerConfig]:
+    """The settings and the architecture with what was chosen."""
+    values = {name: value for choice in choices for name, value in choice.values.items()}
+    of_run = {name: value for name, value in values.items() if name in TrainConfig.model_fields}
+    return settings.changed(**of_run), config.changed(**{name: values[name] for name in values.keys() - of_run.keys()})
+
+
+def _rates(config: ThinkerConfig, settings: TrainConfig) -> Choice:
+    """Peak learning rates."""
+    narrow = (WIDTH_OF_RATES / max(config.d_model, WIDTH_OF_RATES)) ** 0.5
+    if settings.init is not None:
+        scale, why = FINE_TUNING, "a tenth of those from nothing, for a model that knows something already"
+    else:
+        scale, why = 1.0, f"from nothing, at d_model {config.d_model}"
+    if settings.optimizer == "adamw":
+        return Choice({"lr": rounded(scale * narrow * FROM_NOTHING["adamw_lr"])}, why)
+    values = {"lr": scale * narrow * FROM_NOTHING["lr"], "muon_lr": scale * FROM_NOTHING["muon_lr"]}
+    return Choice({name: rounded(value) for name, value in values.items()}, why)
+
+
+def dropout_for(epochs: float) -> float:
+    """None for text that is seen once or twice, more the oftener it is seen."""
+    if epochs < SHORT_OF_DATA:
+        return 0.0
+    return 0.1 if epochs < PLENTY_OF_REPETITION else 0.2
+
+
+def _dropout(epochs: float) -> Choice:
+    if epochs < SHORT_OF_DATA:
+        why = f"{epochs:.2f} epochs: text that is seen once or twice can't be learned by heart"
+    else:
+        why = f"short of data: the text will be seen {epochs:.1f} times; more text helps most"
+    return Choice({"dropout": dropout_for(epochs)}, why)
+
+
+def _protection(epochs: float) -> Choice:
+    if epochs < 1:
+        return Choice({"early_stop": 0}, "off: all text is new, so the last state is the best")
+    why = f"ends after {PATIENCE} of 12 looks without a better held-out loss, and publishes the best state"
+    return Choice({"early_stop": PATIENCE}, why)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def rounded(value: float) -> float:
+    """Two digits: more would pretend to more than is known."""
+    return float(f"{value:.2g}")

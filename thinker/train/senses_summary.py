@@ -1,0 +1,84 @@
+"""The end of a run with pictures and sounds: exact answers to what is held out, and a picture of some of them.
+
+The model is opened as anybody would open it, from its folder. What else a run on conversations ends with is in
+`chat_summary.py`.
+"""
+
+# T positions of a prompt, N of one medium, L layers, H heads
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from ..answers import Answer, answers, by_question, conversations_of, share
+from ..llm import LLM, load
+from ..messages import media_parts
+from ..modality.media import medium_of
+from ..plots import Example, Shown, answered
+from ..trace import trace
+
+ASKED = 360  # of each set at most, evenly spread
+SHOWN = 8
+ANSWER_TOKENS = 32
+
+
+def summarise_senses(folder: Path, data: Sequence[str], console: Console) -> dict[str, Any]:
+    """Ask what is held out of each set, show the shares and return them as a JSON object; draw `answers.png`."""
+    llm = load(folder, backend="torch")
+    report: dict[str, Any] = {}
+    examples: list[Answer] = []
+    console.print("\nHeld-out pictures and sounds, exact answers:")
+    for name in data:
+        conversations = spread(conversations_of(name, held_out_only=True), ASKED)
+        if not any(conversation.media for conversation in conversations):
+            continue
+        given: list[Answer] = []
+        for start in track(range(0, len(conversations), 32), f"asking {name}", console=console, transient=True):
+            given += answers(llm, conversations[start : start + 32], ANSWER_TOKENS)
+        report[name] = {"asked": len(given), "exact": share(given)}
+        console.print(f"  {name:14} [bold]{share(given):6.1%}[/] of {len(given)}", highlight=False)
+        kinds = by_question(given)
+        for some in kinds.values() if len(kinds) <= 4 else [given]:
+            examples += some[len(some) // 2 :][:2]
+    if examples:
+        picture = folder / "answers.png"
+        answered(picture, [example_of(llm, one) for one in spread(examples, SHOWN)])
+        console.print(f"Examples with what it attended to: {picture}", highlight=False)
+    return report
+
+
+def spread(items: Sequence[Any], count: int) -> list[Any]:
+    """At most so many of them, evenly spread."""
+    places = np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)
+    return [items[place] for place in places.tolist()]
+
+
+def example_of(llm: LLM, answer: Answer) -> Example:
+    """An answer with what its first token was drawn from: attention, mean over layers and heads."""
+    embeddings, stands_for = llm.reader.prompt(answer.asked)
+    traced = trace(llm.model, embeddings=torch.from_numpy(embeddings)[None].to(llm.model.tok_emb.weight))
+    seen = torch.stack([layer[0, :, -1].mean(dim=0) for layer in traced.attention]).mean(dim=0)  # (T,)
+    places = np.flatnonzero(np.array(stands_for) < 0)
+    parts = [part for message in answer.asked for part in media_parts(message["content"])]
+    shown, start = [], 0
+    config = llm.reader.senses.config
+    for part in parts:
+        prepared = medium_of(part).prepared(config)
+        count = len(llm.reader.senses.of(part["type"]).encode([prepared]))
+        weights = seen[torch.from_numpy(places[start : start + count])].cpu().numpy()
+        start += count
+        if prepared.ndim == 3:  # a square of patches
+            side = round(count**0.5)
+            shown.append(
+                Shown(prepared.squeeze(-1) if prepared.shape[-1] == 1 else prepared, weights.reshape(side, side))
+            )
+        else:
+            shown.append(Shown(prepared, weights))
+    return Example(shown, answer.words, answer.right, answer.said)

@@ -1,0 +1,188 @@
+"""How a run begins, and how it goes on from its newest state.
+
+A new run decides about the machine (`decide.py`), takes what nobody set from its recipe (`recipes.py`), and records
+both; one that goes on has all of it from its state. What a run consists of is in `run.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..checkpoint import training
+from ..checkpoint.publish import Publication
+from ..config import ThinkerConfig
+from ..data.chat_shards import ChatCorpus
+from ..data.shards import Corpus
+from ..llm import load_parameters
+from ..modality.senses import Senses, copy_tensors, take_over
+from ..modality.settings import SensesConfig
+from ..model import ThinkerLM
+from ..tokenizer import Tokenizer
+from .config import TrainConfig
+from .decide import Decisions, choose_device, decide
+from .ingredients import batches_of, corpus_of, ingredients
+from .memory import checkpoint_activations
+from .optim import build_optimizers, restore_optimizers
+from .recipes import COMPILED_GAIN, Choice, choose, choose_rows, with_choices
+from .run import Best, Run, Say, TrainingBatches, fingerprint_of, loss_of
+from .senses import Trained
+
+# What may be changed when a run goes on: its length, and what is shown and kept, nothing that steers its steps.
+FREE_ON_RESUME = {
+    *("out", "resume", "steps", "minutes", "early_stop"),
+    *("validate_every", "save_every", "keep", "prompt", "tensorboard"),
+}
+
+
+def begin(config: ThinkerConfig, settings: TrainConfig, given: set[str], say: Say) -> Run:
+    """A new run: its corpus, its model, and what it decides about the machine.
+
+    `given` names the fields that a person set. Raises `ValueError` for what can't be trained, before anything is
+    written.
+    """
+    folder = settings.folder
+    fixed = given | config.model_fields_set
+    if training.latest(folder) is not None:
+        raise ValueError(f"{folder} already holds a run: go on with --resume, or name another folder with --out")
+    found = ingredients(config, settings, given, say)
+    config, corpus = found.config, found.corpus
+    torch.manual_seed(settings.seed)
+    model = ThinkerLM(config)
+    if found.parameters is not None:
+        load_parameters(model, found.parameters)
+    device = choose_device(settings.device)
+    model.to(device)
+    senses = None if found.senses is None else Senses(found.senses, config.d_model).to(device)
+    if senses is not None and found.taught is not None:
+        take_over(senses, found.taught.config, found.taught.tensors)
+    choices = choose_rows(config, settings)
+    settings, _ = with_choices(settings, config, choices)
+    batches = batches_of(corpus, settings, config, say)
+    one_row = tuple(torch.from_numpy(part[:1]).to(device) for part in batches.batch(0))
+    decisions = decide(settings, loss_of(model, senses, corpus, settings), one_row, device)
+    config, settings, decisions = with_recipe(config, settings, decisions, fixed, choices, batches)
+    set_dropout(model, config)
+    for reason in decisions.reasons:
+        say(reason)
+    return assemble(folder, config, settings, decisions, corpus, model, batches, found.publication, senses)
+
+
+def with_recipe(
+    config: ThinkerConfig,
+    settings: TrainConfig,
+    decisions: Decisions,
+    fixed: set[str],
+    choices: list[Choice],
+    batches: TrainingBatches,
+) -> tuple[ThinkerConfig, TrainConfig, Decisions]:
+    """Everything with what is chosen for the run's length, and with the reasons of all choices, those of rows too.
+
+    `fixed` names what a person set of the architecture.
+    """
+    steps = expected_steps(settings, decisions)
+    chosen = choose(config, settings, fixed, batches.tokens_per_batch, steps, batches.epochs(round(steps)))
+    settings, config = with_choices(settings, config, chosen)
+    return config, settings, replace(decisions, reasons=(*decisions.reasons, *map(str, [*choices, *chosen])))
+
+
+def expected_steps(settings: TrainConfig, decisions: Decisions) -> float:
+    """The run's steps: as set, or what its time allows at the speed that was probed."""
+    steps, seconds = settings.limit
+    if seconds is None:
+        return float(steps or 0)
+    return max(1.0, seconds / decisions.seconds_per_step * (COMPILED_GAIN if decisions.compile else 1.0))
+
+
+def set_dropout(model: ThinkerLM, config: ThinkerConfig) -> None:
+    """Give a model the dropout of a configuration that is otherwise its own: it is chosen after the probe."""
+    model.config = config
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = config.dropout
+
+
+def resume(wanted: ThinkerConfig, settings: TrainConfig, given: set[str], say: Say) -> Run:
+    """Go on from the newest complete state in the run's folder, with its own settings and decisions.
+
+    Raises `ValueError` when there is none, when a setting is given that would steer its steps, or its text has changed.
+    """
+    folder = settings.folder
+    newest = training.latest(folder)
+    if newest is None:
+        raise ValueError(f"{folder} holds no state to go on from: leave out --resume to start there")
+    saved = training.load(newest)
+    config, state = saved.config, saved.state
+    old = TrainConfig.model_validate(state["settings"])
+    for name in sorted(given - FREE_ON_RESUME):
+        had, asked = (config, wanted) if name in ThinkerConfig.model_fields else (old, settings)
+        if getattr(asked, name) != getattr(had, name):
+            raise ValueError(
+                f"{folder}: {name} is {getattr(had, name)!r} in this run and can't be changed with --resume: drop it"
+            )
+    changes = {name: getattr(settings, name) for name in given & FREE_ON_RESUME & set(TrainConfig.model_fields)}
+    if {"steps", "minutes"} & changes.keys():
+        changes = {"steps": None, "minutes": None} | changes
+    settings = old.changed(**changes | {"out": folder})
+    if saved.tokenizer_json is None:
+        raise ValueError(f"{newest}: has no tokenizer.json: take an older state, by removing this one")
+    tokenizer = Tokenizer.from_json(saved.tokenizer_json)
+    publication = Publication.from_json(state["publication"], str(newest))
+    seeing = None
+    if saved.modality is not None:
+        seeing = SensesConfig.from_mapping(state["senses"], str(newest))
+    corpus = corpus_of(settings, config, tokenizer, publication, say, seeing)
+    decisions = Decisions.from_json(state["decisions"])
+    model = ThinkerLM(config)
+    load_parameters(model, saved.parameters)
+    model.to(decisions.device)
+    batches = batches_of(corpus, settings, config, say)
+    if fingerprint_of(corpus, batches) != state["corpus"]:
+        names = ", ".join((*settings.data, *settings.text))
+        raise ValueError(f"{folder}: the text of {names} has changed since: begin a new run with --out")
+    senses = None
+    if seeing is not None and saved.modality is not None:
+        senses = Senses(seeing, config.d_model)
+        copy_tensors(senses, saved.modality, str(newest))
+        senses.to(decisions.device)
+    run = assemble(folder, config, settings, decisions, corpus, model, batches, publication, senses)
+    tensors = {name: torch.from_numpy(np.array(array)) for name, array in saved.optimizer.items()}
+    restore_optimizers(run.trained, run.optimizers, tensors)
+    run.scaler.load_state_dict(state["scaler"])
+    run.step, run.tokens, run.seconds = saved.step, state["tokens"], state["seconds"]
+    run.best = Best(**state["best"]) if state.get("best") is not None else None
+    say(f"going on from step {run.step:,}")
+    return run
+
+
+def assemble(
+    folder: Path,
+    config: ThinkerConfig,
+    settings: TrainConfig,
+    decisions: Decisions,
+    corpus: Corpus | ChatCorpus,
+    model: ThinkerLM,
+    batches: TrainingBatches,
+    publication: Publication,
+    senses: Senses | None = None,
+) -> Run:
+    """A run at step 0 from its parts."""
+    if settings.checkpoint_activations:
+        checkpoint_activations(model)
+    if senses is not None and senses.config.freeze_thinker:
+        model.requires_grad_(False)
+    optimizers = build_optimizers(
+        model if senses is None else Trained(model, senses),
+        optimizer=settings.optimizer,
+        lr=settings.lr,
+        muon_lr=settings.muon_lr,
+        weight_decay=settings.weight_decay,
+        betas=(settings.beta1, settings.adam_beta2(batches.tokens_per_batch)),
+        muon_dtype=torch.bfloat16 if decisions.precision == "bfloat16" else torch.float32,
+    )
+    scaler = torch.amp.GradScaler(torch.device(decisions.device).type, enabled=decisions.precision == "float16")
+    return Run(folder, config, settings, decisions, corpus, model, optimizers, batches, scaler, publication, senses)
