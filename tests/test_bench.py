@@ -48,7 +48,7 @@ def test_costs_of_the_tiny_model_by_hand() -> None:
     assert costs.decode_bytes(TINY, "float32", 1, 0) == 4 * 5_474_304  # 21.9 MB
     # A byte each, 5.5 MB, and the blocks' scales.
     assert costs.decode_bytes(TINY, "int8", 1, 0) == 5_474_304 + 2 * 5_474_304 / 32
-    assert costs.cache_bytes(TINY) == 4 * 2 * 256 * 4
+    assert costs.cache_bytes(TINY, "float32") == 2 * costs.cache_bytes(TINY, "int8") == 4 * 2 * 256 * 4
     assert costs.decode_bytes(TINY, "float32", 3, 100) == 4 * 5_474_304 + 3 * 100 * 8192
 
 
@@ -64,7 +64,7 @@ def test_costs_equal_what_torch_counts(name: str) -> None:
     expected = T * (2 * costs.matrix_weights(config) + costs.attention_flops(config, T))
     assert counter.get_total_flops() == expected
     cache = KVCache.empty(config, 1, device=torch.device("cpu"), dtype=torch.float32)
-    assert cache.keys.nbytes + cache.values.nbytes == costs.cache_bytes(config) * config.ctx_len
+    assert cache.keys.nbytes + cache.values.nbytes == costs.cache_bytes(config, "float32") * config.ctx_len
 
 
 def test_prefill_needs_logits_for_the_last_token_only() -> None:

@@ -10,12 +10,13 @@ import numba
 import numpy as np
 
 import thinker
+from thinker.bench import costs
 from thinker.bench.speed import practice, some_tokens, trainer
 from thinker.bench.speed import prefill as prefill_seconds
+from thinker.commands import spin_briefly
 from thinker.config import ThinkerConfig
 from thinker.decode.decoder import Decoder
 from thinker.decode.native import open_native
-from thinker.decode.native.layout import lay_out
 from thinker.formats import open_model
 from thinker.llm import LLM, NativeType
 from thinker.sampling import Draws, Sampling
@@ -25,6 +26,7 @@ from . import Ready
 
 def train(architecture: dict[str, Any], settings: dict[str, Any]) -> Ready:
     """Whole training steps: batch, forward, backward, clipping, optimiser; deterministic, as always."""
+    spin_briefly()
     import torch
 
     from thinker.train.config import TrainConfig
@@ -109,13 +111,14 @@ def next_token(model: str, dtype: NativeType, context: int, cached: bool) -> Rea
 
 def _open(model: str, dtype: NativeType, slots: int, backend: str = "native") -> tuple[Decoder, dict[str, Any]]:
     files = open_model(model)
-    about = {"thinker": thinker.__version__, "weights": dtype, "keys and values": "float32"}
+    cached = "float16" if dtype == "int8" else "float32"
+    about = {"thinker": thinker.__version__, "weights": dtype, "keys and values": cached}
     if backend == "torch":
         import torch
 
         llm = LLM(files, "torch", dtype, slots, print)
         return llm.decoder, about | {"torch": torch.__version__, "threads": torch.get_num_threads()}
     decoder = open_native(files, slots, dtype)
-    _, sizes = lay_out(files.config, dtype == "int8", 1)
-    mine = {"threads": decoder.threads, "bytes of keys and values": 2 * 4 * sizes.slot}
+    size = costs.cache_bytes(files.config, dtype) * files.config.ctx_len
+    mine = {"threads": decoder.threads, "bytes of keys and values": size}
     return decoder, about | {"numba": numba.__version__} | mine

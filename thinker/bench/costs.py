@@ -12,7 +12,7 @@ from ..config import ThinkerConfig
 
 # Of one weight as decoding reads it. INT8 has Q8_0's numbers: a float16 scale for each block of 32.
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1 + 2 / 32}
-CACHED = 4  # bytes of a key's or a value's element
+CACHED = {"float32": 4, "bfloat16": 2, "int8": 2}  # bytes of a key's or a value's element, beside weights of this type
 
 
 def matrix_weights(config: ThinkerConfig) -> int:
@@ -56,12 +56,12 @@ def decode_flops(config: ThinkerConfig, context: float) -> float:
 
 def decode_bytes(config: ThinkerConfig, dtype: str, streams: int, context: float) -> float:
     """Read in a step of one token for each of `streams`: the weights once, every stream's keys and values."""
-    return weights_read(config, streams) * BYTES[dtype] + streams * context * cache_bytes(config)
+    return weights_read(config, streams) * BYTES[dtype] + streams * context * cache_bytes(config, dtype)
 
 
-def cache_bytes(config: ThinkerConfig) -> int:
+def cache_bytes(config: ThinkerConfig, dtype: str) -> int:
     """Of the keys and values of one position, in all layers."""
-    return config.n_layers * 2 * config.n_kv_heads * config.head_width * CACHED
+    return config.n_layers * 2 * config.n_kv_heads * config.head_width * CACHED[dtype]
 
 
 def _attention_weights(config: ThinkerConfig) -> int:

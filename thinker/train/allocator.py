@@ -20,6 +20,8 @@ ALIGNMENT = 64  # of torch's tensors on a processor
 PAGE = 1 << 15  # bytes that are taken to be written together
 PAGES = 1 << 22  # of the heap, 128 GB, whose addresses are told apart
 PR_SET_THP_DISABLE = 41  # of linux/prctl.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+NEVER = (1 << 31) - 1  # bytes, the most that either takes
 
 
 class Heap:
@@ -93,6 +95,18 @@ class Heap:
         finally:
             if self.known:
                 self.c.prctl(PR_SET_THP_DISABLE, 0, 0, 0, 0)
+
+
+def keep_freed_memory() -> None:
+    """Let the heap keep what is freed, whatever its size, where the C library is glibc: a step takes what the last had.
+
+    Without that the large tensors of every step go back to the system and come again page by page, filled with zeros:
+    48,000 pages a step of the tiny model, 9 % of its time.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        c = ctypes.CDLL(None)
+        for parameter in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            c.mallopt(parameter, NEVER)
 
 
 def trim() -> None:

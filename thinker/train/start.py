@@ -23,6 +23,7 @@ from ..modality.senses import Senses, copy_tensors, take_over
 from ..modality.settings import SensesConfig
 from ..model import ThinkerLM
 from ..tokenizer import Tokenizer
+from .allocator import keep_freed_memory
 from .config import TrainConfig
 from .decide import Decisions, choose_device, decide
 from .ingredients import batches_of, corpus_of, ingredients
@@ -171,6 +172,7 @@ def assemble(
     senses: Senses | None = None,
 ) -> Run:
     """A run at step 0 from its parts."""
+    keep_freed_memory()
     if settings.checkpoint_activations:
         checkpoint_activations(model)
     if senses is not None and senses.config.freeze_thinker:

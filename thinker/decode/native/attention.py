@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from numba import njit
 
-from ...compiled.memory import floats, integers
-from .elementwise import norm, rotate, softmax
-from .layout import CHUNK, PANEL
+from ...compiled.memory import floats, integers, shorts
+from .elementwise import norm, rotate, softmax, to_float16
+from .layout import CHUNK, FLOAT16, PANEL
 from .product import call
 
 
@@ -25,14 +25,14 @@ def share(me, threads, count):  # type: ignore[no-untyped-def]
 @njit(error_model="numpy", inline="always")
 def multiply(s, x, x_at, x_step, rows, w_at, w_step, panels, k, out, out_at, out_step):  # type: ignore[no-untyped-def]
     """A product with the model's weights, in the type they have."""
-    w, q, scales = s.weights, s.quantised, s.scales
-    call(s.product, x, x_at, x_step, rows, w, w_at, w_step, panels, s.abreast, q, scales, k, out, out_at, out_step)
+    w, scales = s.weights, s.scales
+    call(s.product, x, x_at, x_step, rows, w, w_at, w_step, panels, s.abreast, s.kind, scales, k, out, out_at, out_step)
 
 
 @njit(error_model="numpy", inline="always")
-def multiply_floats(s, x, x_at, x_step, rows, w, w_at, w_step, panels, k, out, out_at, out_step):  # type: ignore[no-untyped-def]
-    """A product with other panels, which are float32."""
-    call(s.product, x, x_at, x_step, rows, w, w_at, w_step, panels, 4, 0, 0, k, out, out_at, out_step)
+def multiply_others(s, x, x_at, x_step, rows, kind, w, w_at, w_step, panels, k, out, out_at, out_step):  # type: ignore[no-untyped-def]
+    """A product with other panels, float32 or float16."""
+    call(s.product, x, x_at, x_step, rows, w, w_at, w_step, panels, CHUNK, kind, 0, k, out, out_at, out_step)
 
 
 @njit(error_model="numpy")
@@ -81,16 +81,28 @@ def finish_head(s, own, at, row, layer, at_floats, head):  # type: ignore[no-unt
             q[i] = x[i] * s.scale
     elif head < H + G:
         start = cache + (head - H) * s.step_head_cache + place // PANEL * width * PANEL + place % PANEL
-        k = floats(s.keys, start, width * PANEL)  # (width, position % 32)
-        for i in range(width):
-            k[i * PANEL] = x[i]
+        size = width * PANEL  # (width, position % 32)
+        if s.cached == FLOAT16:
+            narrow = shorts(s.keys, start, size)
+            for i in range(width):
+                narrow[i * PANEL] = to_float16(x[i])
+        else:
+            k = floats(s.keys, start, size)
+            for i in range(width):
+                k[i * PANEL] = x[i]
     else:
         start = cache + (head - H - G) * s.step_head_cache + place * PANEL
         for panel in range(s.head_panels):  # (dimension / 32, position, dimension % 32)
-            v = floats(s.values, start + panel * s.capacity * PANEL, PANEL)
-            source = floats(own, at + panel * PANEL, PANEL)
-            for i in range(PANEL):  # what is beyond `width` is the product with padding, zeros
-                v[i] = source[i]
+            to = start + panel * s.capacity * PANEL
+            source = floats(own, at + panel * PANEL, PANEL)  # what is beyond `width` is the product with padding, zeros
+            if s.cached == FLOAT16:
+                narrow = shorts(s.values, to, PANEL)
+                for i in range(PANEL):
+                    narrow[i] = to_float16(source[i])
+            else:
+                v = floats(s.values, to, PANEL)
+                for i in range(PANEL):
+                    v[i] = source[i]
 
 
 @njit(error_model="numpy")
@@ -124,7 +136,7 @@ def attend_to(s, job, own, row, count, head, heads, layer):  # type: ignore[no-u
     at_q = (row * H + head) * s.head_width
     panels = (visible + PANEL - 1) // PANEL
     scores, step = s.at_scores, width * PANEL
-    multiply_floats(s, s.q, at_q, step_q, queries, s.keys, cache, step, panels, width, own, scores, capacity)
+    multiply_others(s, s.q, at_q, step_q, queries, s.cached, s.keys, cache, step, panels, width, own, scores, capacity)
     for query in range(queries):
         sees = visible if heads > 1 else places[query] + 1
         weights = floats(own, scores + query * capacity, sees)
@@ -138,7 +150,9 @@ def attend_to(s, job, own, row, count, head, heads, layer):  # type: ignore[no-u
             for i in range(sees):
                 kept[i] = weights[i]
     step, to, step_to = capacity * PANEL, s.at_tile, s.head_width
-    multiply_floats(s, own, scores, capacity, queries, s.values, cache, step, s.head_panels, visible, own, to, step_to)
+    multiply_others(
+        s, own, scores, capacity, queries, s.cached, s.values, cache, step, s.head_panels, visible, own, to, step_to
+    )
     for query in range(queries):
         place = row * H + head + (query if heads > 1 else query * H)
         y, answer = floats(s.y, place * width, width), floats(own, to + query * step_to, width)

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 from ...sampling import Draws, check_drawn
 from ..decoder import Decoder, Weights, check_embeddings, check_room, check_slots, check_tokens
 from .kernels import product
-from .layout import CHUNK, JOB, QUERIES, ROWS, aligned, lay_out, sparse
+from .layout import CHUNK, FLOAT16, JOB, QUERIES, ROWS, aligned, lay_out, sparse
 from .pace import Pace, fastest
 from .packing import Packed
 from .team import Team
@@ -45,6 +45,7 @@ class NativeTrace:
 class NativeDecoder(Decoder):
     """A model of any supported architecture in float32 or INT8 with Q8_0's numbers, up to 64 slots, on this processor.
 
+    Keys and values are float32, in INT8 float16, which the loss doesn't notice and memory does: half of it to read.
     `threads` None measures which number is fastest. Raises `ValueError` for what can't be had.
     """
 
@@ -66,7 +67,9 @@ class NativeDecoder(Decoder):
         shape, sizes = lay_out(files.config, dtype == "int8", most)
         self._packed = packed = Packed(files, shape, sizes)
         self.weight_bytes = packed.weights.nbytes + packed.scales.nbytes + packed.floats.nbytes
-        self._keys, self._values = (sparse(slots * sizes.slot, np.float32) for _ in range(2))
+        # Of float16 the bits, since not every processor computes with it.
+        cached = np.int16 if shape[0]["cached"] == FLOAT16 else np.float32
+        self._keys, self._values = (sparse(slots * sizes.slot, cached) for _ in range(2))
         self._work, self._plan = aligned(sizes.work, np.float32), aligned(sizes.plan, np.int64)
         self._rows = np.zeros((3, ROWS), np.int64)
         self._row_slots, self._row_places, self._row_tokens = self._rows
@@ -272,7 +275,7 @@ class NativeDecoder(Decoder):
             job["threads"] = wanted
             self._team.do()
             return
-        job["threads"] = threads = self._pace.begin(wanted, turns)
+        job["threads"] = threads = self._pace.begin(wanted)
         start = time.perf_counter()
         self._team.do()
         self._pace.end(threads, rows, (time.perf_counter() - start) / (int(job["done"]) if draw else 1))

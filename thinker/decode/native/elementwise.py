@@ -106,3 +106,14 @@ def softmax(x):  # type: ignore[no-untyped-def]
     factor = np.float32(1) / sum_of(x)
     for i in range(x.shape[0]):
         x[i] = x[i] * factor
+
+
+@njit(error_model="numpy")
+def to_float16(x):  # type: ignore[no-untyped-def]
+    """The bits of the nearest float16, of two the even one; beyond its range the largest it has."""
+    size = np.float32(min(abs(x), np.float32(65504)))
+    bits = np.float32(size).view(np.int32)
+    half = (bits - (112 << 23) + 0xFFF + (bits >> 13 & 1)) >> 13  # an exponent that counts from 15 and not from 127
+    if size < np.float32(2.0**-14):  # without a leading one: float32 from 1/2 on has the same steps
+        half = np.float32(size + np.float32(0.5)).view(np.int32) - (126 << 23)
+    return np.int16(half | (0x8000 if x < 0 else 0))

@@ -15,7 +15,7 @@ from numba import njit
 from ...compiled.memory import bytes_, floats, integers, shorts
 from .atomics import barrier
 from .attention import add_attention, attend, multiply, norm_rows, project, share
-from .layout import PANEL
+from .layout import FLOAT32, PANEL
 from .mlp import contract, expand
 from .product import BLOCK, sum_of_squares
 
@@ -49,7 +49,7 @@ def embed(me, s, job):  # type: ignore[no-untyped-def]
         token = integers(s.tokens, row, 1)[0]
         at = s.at_embedding + token // PANEL * D * PANEL
         x = floats(s.x, row * D, D)
-        if not s.quantised:
+        if s.kind == FLOAT32:
             column = floats(s.weights, at + token % PANEL, D * PANEL)
             for i in range(first, last):
                 x[i] = column[i * PANEL]

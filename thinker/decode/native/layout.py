@@ -24,9 +24,10 @@ CHUNK = 4  # panels that one product makes before its results are used
 QUERIES = 8  # rows of a prompt that attend together
 LINE = 16  # elements of a cache line of float32
 STRIDE = 16  # words from one thread's to the next: two cache lines, as processors fetch them in pairs
+FLOAT32, Q8, FLOAT16 = range(3)  # what the panels of a product are made of
 ACTIVATIONS = ("silu", "gelu", "relu", "relu2")
 
-_COUNTS = """layers d_model d_ff heads groups width vocab experts chosen gated mixture qk_norm quantised activation
+_COUNTS = """layers d_model d_ff heads groups width vocab experts chosen gated mixture qk_norm kind cached activation
     ctx_len capacity abreast head_panels ff_panels model_panels vocab_panels head_width ff_width vocab_width"""
 _ADDRESSES = "product weights scales floats keys values x q y hidden logits own plan slots places tokens sync"
 _PLACES = """at_layers step_layer at_out at_up step_up at_down step_down at_embedding at_head
@@ -62,9 +63,11 @@ def aligned(size: int, dtype: Any) -> np.ndarray:
 
 def sparse(size: int, dtype: Any) -> np.ndarray:
     """The same in small pages, for caches of which little may ever be used: numpy's huge ones would come whole."""
-    memory = mmap.mmap(-1, size * np.dtype(dtype).itemsize)
-    if sys.platform == "linux":
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    count = size * np.dtype(dtype).itemsize
+    if sys.platform != "linux":
+        return np.frombuffer(mmap.mmap(-1, count), dtype)
+    memory = mmap.mmap(-1, count, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a forked child writes into its own
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(memory, dtype)
 
 
@@ -111,7 +114,8 @@ def lay_out(config: ThinkerConfig, quantised: bool, threads: int) -> tuple[np.nd
         "gated": config.use_swiglu,
         "mixture": config.use_moe,
         "qk_norm": config.use_qk_norm,
-        "quantised": quantised,
+        "kind": Q8 if quantised else FLOAT32,
+        "cached": FLOAT16 if quantised else FLOAT32,
         "activation": ACTIVATIONS.index(config.activation_name),
         "ctx_len": config.ctx_len,
         "capacity": panels(config.ctx_len) * PANEL,
@@ -149,7 +153,8 @@ def lay_out(config: ThinkerConfig, quantised: bool, threads: int) -> tuple[np.nd
     s["step_layer_floats"], s["at_layer_floats"] = layer.size, floats.take(config.n_layers * layer.size)
 
     # Caches: keys (slot, layer, group, position / 32, width, position % 32), since scores are a product whose outputs
-    # are positions; values (slot, layer, group, dimension / 32, position, dimension % 32).
+    # are positions; values (slot, layer, group, dimension / 32, position, dimension % 32). Both
+    # are float16 beside weights in INT8: with many streams most of what a step reads is theirs.
     s["step_head_cache"] = int(s["capacity"]) * head_width
     s["step_layer_cache"] = G * int(s["step_head_cache"])
     s["step_slot"] = config.n_layers * int(s["step_layer_cache"])

@@ -12,9 +12,9 @@ import numpy as np
 from numba import njit
 
 from ...compiled.memory import floats, integers
-from .attention import multiply, multiply_floats, norm_rows, share
+from .attention import multiply, multiply_others, norm_rows, share
 from .elementwise import activate, softmax
-from .layout import CHUNK, PANEL
+from .layout import CHUNK, FLOAT32, PANEL
 
 
 @njit(error_model="numpy")
@@ -107,7 +107,7 @@ def route(me, s, job, layer):  # type: ignore[no-untyped-def]
     own, plan = s.own + me * s.step_own, s.plan + me * s.step_plan
     panels = (E + PANEL - 1) // PANEL
     at = s.at_layer_floats + layer * s.step_layer_floats + s.at_router
-    multiply_floats(s, own, 0, D, n, s.floats, at, D * PANEL, panels, D, own, s.at_tile, panels * PANEL)
+    multiply_others(s, own, 0, D, n, FLOAT32, s.floats, at, D * PANEL, panels, D, own, s.at_tile, panels * PANEL)
     first, pair, source = (
         integers(plan, s.at_first, E + 1),
         integers(plan, s.at_pair, n * K),

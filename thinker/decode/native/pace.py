@@ -13,22 +13,19 @@ from typing import TypeVar
 Choice = TypeVar("Choice")
 
 STALLED = 3.0  # so many times its usual time takes a turn that waited for a thread
-LEAST, MOST = 64, 4096  # turns alone after a stall; twice as many after each that follows
+LEAST, MOST = 0.01, 0.5  # seconds alone after a stall; twice as many after each that follows
 
 
 class Pace:
     """The number of threads for each job: as many as are fastest for it, or 1 for some time after they have stalled."""
 
     def __init__(self) -> None:
-        self.alone, self.penalty = 0, LEAST
+        self.alone_until, self.penalty = 0.0, LEAST
         self.usual: dict[int, float] = {}
 
-    def begin(self, threads: int, turns: int) -> int:
+    def begin(self, threads: int) -> int:
         """The number of threads for the next job, which is fastest with `threads`."""
-        if self.alone > 0:
-            self.alone -= turns
-            return 1
-        return threads
+        return threads if time.perf_counter() >= self.alone_until else 1
 
     def end(self, threads: int, rows: int, seconds: float) -> None:
         """Learn how long a turn of so many rows took with so many threads."""
@@ -36,9 +33,10 @@ class Pace:
             return
         usual = self.usual.get(rows, seconds)
         if seconds > STALLED * usual:
-            self.alone, self.penalty = self.penalty, min(2 * self.penalty, MOST)
+            self.alone_until = time.perf_counter() + self.penalty
+            self.penalty = min(2 * self.penalty, MOST)
         else:
-            self.penalty = max(self.penalty // 2, LEAST)
+            self.penalty = max(self.penalty / 2, LEAST)
         # Attention grows with the text: what is usual may rise, slowly.
         self.usual[rows] = min(seconds, 1.05 * usual)
 

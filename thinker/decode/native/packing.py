@@ -16,14 +16,14 @@ from ...config import ThinkerConfig
 from ...formats.q8 import BLOCK, Q8Tensor
 from ...rope import rope_tables
 from ..decoder import Weights
-from .layout import PANEL, Sizes, aligned, panels
+from .layout import PANEL, Q8, Sizes, aligned, panels
 
 
 class Packed:
     """A model's tensors: `weights` in float32, or int8 with `scales`, and what stays float32 in `floats`."""
 
     def __init__(self, files: Weights, shape: np.ndarray, sizes: Sizes) -> None:
-        quantised = bool(shape[0]["quantised"])
+        quantised = bool(shape[0]["kind"] == Q8)
         self.tensors, self.quantised = files.tensors, quantised
         self.weights = aligned(sizes.weights, np.int8 if quantised else np.float32)
         # The bits of float16, since not every processor computes with it.

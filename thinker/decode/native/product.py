@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ...compiled.memory import pointer
-from .layout import PANEL
+from .atomics import MACHINE
+from .layout import FLOAT16, PANEL, Q8
 
 LANES = 16  # float32 in one vector
 BLOCK = 32  # inputs whose products are added up by themselves; in INT8 they share a scale
@@ -27,7 +28,9 @@ CACHE_LINE = 64  # bytes
 
 INT, SHORT, BYTE, FLOAT = ir.IntType(64), ir.IntType(16), ir.IntType(8), ir.FloatType()
 FLOATS = ir.VectorType(FLOAT, LANES)
-WORDS = ir.VectorType(ir.IntType(32), LANES)
+WORDS, HALVES = ir.VectorType(ir.IntType(32), LANES), ir.VectorType(ir.HalfType(), LANES)
+# Older processors lack the instruction that makes float32 of float16.
+CONVERTS = MACHINE == "aarch64" or binding.get_host_cpu_features().get("f16c", False)
 Loop = Callable[[ir.Value, list[ir.Value]], list[ir.Value]]
 
 
@@ -95,46 +98,52 @@ def _fetch(builder: ir.IRBuilder, pointer: ir.Value, ahead: int) -> None:
 
 
 def _from_half(builder: ir.IRBuilder, half: ir.Value) -> ir.Value:
-    """Positive float16 bits as float32, without the instruction that older processors lack.
-
-    Exponent and mantissa move to their places in float32, whose exponent counts from 127 and not from 15.
-    """
-    bits = builder.shl(builder.zext(half, WORDS), _same(WORDS, 13))
-    return builder.fmul(builder.bitcast(bits, FLOATS), _same(FLOATS, 2.0**112))
+    """Float16 bits as float32, exactly; no infinity."""
+    if CONVERTS:
+        return builder.fpext(builder.bitcast(half, HALVES), FLOATS)
+    # Exponent and mantissa move to their places in float32, whose exponent counts from 127 and not from 15.
+    bits = builder.sext(half, WORDS)
+    sign, rest = (builder.and_(bits, _same(WORDS, mask)) for mask in (-(1 << 31), (1 << 15) - 1))
+    moved = builder.bitcast(builder.shl(rest, _same(WORDS, 13)), FLOATS)
+    magnitude = builder.bitcast(builder.fmul(moved, _same(FLOATS, 2.0**112)), WORDS)
+    return builder.bitcast(builder.or_(magnitude, sign), FLOATS)
 
 
 def _tile(rows: int, panels: int, ahead: int = 0) -> Any:
     """The product of R rows and P panels, for fixed R and P: out (R, 32 P) = x (R, k) times w (P, k, 32).
 
     Each block of 32 inputs is added up by itself, then joined to the sum of those before, which rounds off a third of
-    what one long sum does (through SmolLM2's 30 layers: logits as near to float64 as torch's). In INT8 the block's sum
-    is scaled as a whole, and what lies `ahead` bytes further is fetched.
+    what one long sum does (through SmolLM2's 30 layers: logits as near to float64 as torch's). As `kind`
+    says, w is float32, or float16 (keys and values), or Q8_0, where the block's sum is scaled as a whole and what lies
+    `ahead` bytes further is fetched.
     """
     places = [divmod(lane, PANEL) for lane in range(0, panels * PANEL, LANES)]  # panel and lane of each vector
     vectors = len(places)
 
     @intrinsic
-    def tile(typing, x, x_at, x_step, w, w_at, w_step, quantised, scales, k, out, out_at, out_step):  # type: ignore[no-untyped-def]
+    def tile(typing, x, x_at, x_step, w, w_at, w_step, kind, scales, k, out, out_at, out_step):  # type: ignore[no-untyped-def]
         def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-            x, x_at, x_step, w, w_at, w_step, quantised, scales, k, out, out_at, out_step = arguments
+            x, x_at, x_step, w, w_at, w_step, kind, scales, k, out, out_at, out_step = arguments
             zeros = [_same(FLOATS, 0.0)] * (rows * vectors)
             x_rows = [pointer(builder, x, FLOAT, x_at, builder.mul(x_step, INT(row))) for row in range(rows)]
 
-            def columns(address, kind, at, step):  # type: ignore[no-untyped-def]
+            def columns(address, element, at, step):  # type: ignore[no-untyped-def]
                 starts = [builder.add(builder.mul(step, INT(panel)), INT(lane)) for panel, lane in places]
-                return [pointer(builder, address, kind, at, start) for start in starts]
+                return [pointer(builder, address, element, at, start) for start in starts]
 
             def products(columns, j, sums):  # type: ignore[no-untyped-def]
                 weights = [_load(builder, builder.gep(column, [builder.mul(j, INT(PANEL))])) for column in columns]
-                if weights[0].type != FLOATS:
+                if weights[0].type.element == BYTE:
                     weights = [builder.sitofp(builder.sext(weight, WORDS), FLOATS) for weight in weights]
+                if weights[0].type.element == SHORT:
+                    weights = [_from_half(builder, weight) for weight in weights]
                 values = [_spread(builder, builder.load(builder.gep(row, [j]))) for row in x_rows]
                 return [
                     _fma(builder, weights[i % vectors], values[i // vectors], total) for i, total in enumerate(sums)
                 ]
 
-            def in_floats():  # type: ignore[no-untyped-def]
-                weights = columns(w, FLOAT, w_at, w_step)
+            def in_floats(element):  # type: ignore[no-untyped-def]
+                weights = columns(w, element, w_at, w_step)
 
                 def block(j, sums):  # type: ignore[no-untyped-def]
                     end = builder.add(j, INT(BLOCK))
@@ -166,11 +175,14 @@ def _tile(rows: int, panels: int, ahead: int = 0) -> Any:
                     place = pointer(builder, out, FLOAT, out_at, builder.mul(out_step, INT(row)), INT(vector * LANES))
                     _store(builder, total, place)
 
-            with builder.if_else(builder.icmp_signed("!=", quantised, INT(0))) as (then, otherwise):
+            with builder.if_else(builder.icmp_signed("==", kind, INT(Q8))) as (then, otherwise):
                 with then:
                     keep(in_q8())
-                with otherwise:
-                    keep(in_floats())
+                with otherwise, builder.if_else(builder.icmp_signed("==", kind, INT(FLOAT16))) as (half, whole):
+                    with half:
+                        keep(in_floats(SHORT))
+                    with whole:
+                        keep(in_floats(FLOAT))
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 12), generate
@@ -182,7 +194,7 @@ eight_rows, four_rows, four_panels, two_panels = _tile(8, 1), _tile(4, 1), _tile
 one_panel = _tile(1, 1, ahead=8192)
 
 
-def product(x, x_at, x_step, rows, w, w_at, w_step, panels, abreast, quantised, scales, k, out, out_at, out_step):  # type: ignore[no-untyped-def]
+def product(x, x_at, x_step, rows, w, w_at, w_step, panels, abreast, kind, scales, k, out, out_at, out_step):  # type: ignore[no-untyped-def]
     """out[r, 32 p + lane] = sum over j of x[r, j] * w[p, j, lane]; addresses, places from there, and strides.
 
     Eight rows by one panel fill the registers. A single row takes up to four panels `abreast`, so that enough sums are
@@ -197,19 +209,19 @@ def product(x, x_at, x_step, rows, w, w_at, w_step, panels, abreast, quantised, 
             for p in range(panel, panel + together):
                 row, from_x, from_w, to = 0, x_at, w_at + p * w_step, out_at + p * PANEL
                 while row + 8 <= rows:
-                    eight_rows(x, from_x, x_step, w, from_w, w_step, quantised, scales, k, out, to, out_step)
+                    eight_rows(x, from_x, x_step, w, from_w, w_step, kind, scales, k, out, to, out_step)
                     row, from_x, to = row + 8, from_x + 8 * x_step, to + 8 * out_step
                 if row + 4 <= rows:
-                    four_rows(x, from_x, x_step, w, from_w, w_step, quantised, scales, k, out, to, out_step)
+                    four_rows(x, from_x, x_step, w, from_w, w_step, kind, scales, k, out, to, out_step)
                     row += 4
         for r in range(row, rows):
             from_x, from_w, to = x_at + r * x_step, w_at + panel * w_step, out_at + r * out_step + panel * PANEL
             if together == 4:
-                four_panels(x, from_x, x_step, w, from_w, w_step, quantised, scales, k, out, to, out_step)
+                four_panels(x, from_x, x_step, w, from_w, w_step, kind, scales, k, out, to, out_step)
             elif together == 2:
-                two_panels(x, from_x, x_step, w, from_w, w_step, quantised, scales, k, out, to, out_step)
+                two_panels(x, from_x, x_step, w, from_w, w_step, kind, scales, k, out, to, out_step)
             else:
-                one_panel(x, from_x, x_step, w, from_w, w_step, quantised, scales, k, out, to, out_step)
+                one_panel(x, from_x, x_step, w, from_w, w_step, kind, scales, k, out, to, out_step)
         panel += together
     return 0
 
@@ -227,7 +239,7 @@ def call(  # type: ignore[no-untyped-def]
     w_step,
     panels,
     abreast,
-    quantised,
+    kind,
     scales,
     k,
     out,
