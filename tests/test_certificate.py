@@ -9,11 +9,14 @@ import torch
 from conftest import randomise, small
 
 from thinker.certificate import Truth, certify, find_truth, within
+from thinker.certificate.elsewhere import gguf_checks
 from thinker.certificate.truth import FLOAT32_SHARE
 from thinker.checkpoint.publish import Publication, write_view
 from thinker.commands import parse
 from thinker.commands.doctor import Options, run
+from thinker.formats import Modality
 from thinker.llm import load
+from thinker.modality.settings import SensesConfig
 from thinker.model import ThinkerLM
 from thinker.tokenizer import Tokenizer
 
@@ -59,6 +62,23 @@ def test_what_no_other_program_can_run_is_said_and_does_not_fail(folder):
     left_out = checks["llama.cpp equals Thinker"]
     assert left_out.passed is None
     assert "gelu" in left_out.note
+
+
+def test_what_gguf_cannot_carry_is_said_and_does_not_end_the_certificate(folder):
+    """Bug: a model with eyes, or with a tokenizer that llama.cpp lacks, gets an error instead of a certificate."""
+    llm = load(folder("dense"), "torch")
+    tokens = np.arange(20) % llm.config.vocab_size
+    truth = find_truth(llm, tokens)
+    values = json.loads(llm.files.tokenizer_json) | {"pre_tokenizer": {"type": "Whitespace"}}
+    foreign = dataclasses.replace(llm.files, tokenizer_json=json.dumps(values))
+    (left_out,) = gguf_checks(foreign, llm, tokens, truth, quiet)
+    assert left_out.passed is None
+    assert left_out.note.startswith("llama.cpp has no name for how this tokenizer cuts text (['Whitespace'])")
+    senses = Modality(SensesConfig.model_validate({"image": {"kind": "patches"}}), {})
+    seeing = dataclasses.replace(llm.files, modality=senses)
+    checks = gguf_checks(seeing, llm, tokens, truth, quiet)
+    assert not [check for check in checks if check.passed is False], checks
+    assert all("encoders" not in check.note for check in checks), "its text is compared without them"
 
 
 def test_a_decoder_that_is_wrong_fails(folder, monkeypatch):
