@@ -44,8 +44,8 @@ def run(options: Options) -> int:
 
 
 def show(title: str, checks: list[Check]) -> None:
-    """The checks as a table on stdout."""
-    table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False)
+    """The checks as a table on stdout, under a title that stays one line."""
+    table = Table(box=None, pad_edge=False)
     for column in ("check", "figure", "tolerance", "", ""):
         table.add_column(column, justify="right" if column in ("figure", "tolerance") else "left")
     verdicts = {True: "[green]pass[/]", False: "[bold red]FAIL[/]", None: "[dim]–[/]"}
@@ -54,6 +54,7 @@ def show(title: str, checks: list[Check]) -> None:
         table.add_row(check.name, *figures, verdicts[check.passed], f"[dim]{escape(check.note)}[/]")
     console = Console(highlight=False)
     console.width = max(console.width, 110)  # a pipe or a file has no width of its own
+    console.print(escape(title), style="italic", soft_wrap=True)
     console.print(table)
 
 
