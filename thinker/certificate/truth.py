@@ -78,7 +78,7 @@ def within(name: str, ours: np.ndarray, theirs: np.ndarray, tolerance: float | n
 def swaying(truth: Truth) -> Check:
     """How many tokens are allowed more than float32's share, and how much: a figure to know, neither pass nor fail."""
     beyond = truth.tolerance > truth.share
-    note = f"of {len(beyond)}" + (f", where up to {truth.tolerance.max():.2e} is tolerated" if beyond.any() else "")
+    note = f"of {len(beyond)}" + (f"; up to {truth.tolerance.max():.2e} allowed" if beyond.any() else "")
     return Check("float64: tokens that magnify roundings", float(beyond.sum()), None, None, note)
 
 

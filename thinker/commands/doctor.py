@@ -47,7 +47,7 @@ def show(title: str, checks: list[Check]) -> None:
     """The checks as a table on stdout, under a title that stays one line."""
     table = Table(box=None, pad_edge=False)
     for column in ("check", "figure", "tolerance", "", ""):
-        table.add_column(column, justify="right" if column in ("figure", "tolerance") else "left")
+        table.add_column(column, justify="right" if column in ("figure", "tolerance") else "left", no_wrap=bool(column))
     verdicts = {True: "[green]pass[/]", False: "[bold red]FAIL[/]", None: "[dim]–[/]"}
     for check in checks:
         figures = ("" if value is None else written(value) for value in (check.figure, check.tolerance))
