@@ -79,7 +79,8 @@ class ThinkerHarness(LM):
         room = self.llm.config.ctx_len - wanted
         if len(ids) > room:
             self.cut += 1
-            context = self.llm.tokenizer.decode(ids[len(ids) - max(room, 1) :])
+            kept = max(room - self.llm.files.add_bos, 1)  # bos comes in front again
+            context = self.llm.tokenizer.decode(ids[len(ids) - kept :])
         return self.llm.generate(
             context,
             max_new_tokens=wanted,

@@ -131,7 +131,7 @@ def verify_gguf(path: Path, llm: LLM, tokens: np.ndarray, truth: Truth, exact: b
         logits = within(name, theirs, truth.logits, truth.tolerance, "keys, values float32")
     else:
         difference = float(np.abs(log_softmax(theirs) - log_softmax(truth.logits)).max())
-        logits = Check("llama.cpp: greatest difference in log-probability", difference, None, None, "quantised")
+        logits = Check("llama.cpp: greatest difference in log-probability", difference, None, None, "rounded weights")
     prompt, room = beginning(llm, tokens)
     llama.reset()
     written: list[int] = []
