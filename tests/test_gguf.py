@@ -281,7 +281,7 @@ for _ in range(int(sys.argv[2])):
             case 0: mutated[place] = draws.randrange(256)
             case 1: mutated[place:place + 4] = draws.choice(numbers)[:4]
             case 2: mutated[place:place + 8] = draws.choice(numbers)
-            case 3: del mutated[place:place + draws.randint(1, 9)]
+            case 3: del mutated[place:place + draws.choice((1, 4, 8, 40, 400))]
             case 4: mutated[place:place] = mutated[place:place + draws.randint(1, 40)]
     path.write_bytes(mutated)
     try:
