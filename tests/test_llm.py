@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -230,6 +231,19 @@ def test_a_model_without_template_speaks_ours_if_it_has_the_tokens_for_it(tmp_pa
     renamed = TOKENIZER.to_json().replace("<|user|>", "<|somebody|>")
     (folder / "tokenizer.json").write_text(renamed)
     with pytest.raises(ValueError, match="has no chat template, and its tokenizer no tokens for turns"):
+        load(folder).chat([{"role": "user", "content": "x"}])
+
+
+def test_a_tokenizer_or_template_that_is_broken_is_named(tmp_path):
+    """Catches a line that says what is wrong, and not with which model."""
+    folder = folder_of(tmp_path)
+    good = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(good.replace('"BPE"', '"Nonsense"'))
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(folder))}: its tokenizer can't be used: not a tokenizer"):
+        load(folder).generate("x")
+    (folder / "tokenizer.json").write_text(good)
+    (folder / "chat_template.jinja").write_text("{% for x %}")
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(folder))}: the chat template is not valid Jinja: line 1"):
         load(folder).chat([{"role": "user", "content": "x"}])
 
 

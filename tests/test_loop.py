@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from thinker import load
+from thinker.certificate import certify
 from thinker.checkpoint import training
 from thinker.config import ThinkerConfig
 from thinker.data.batches import Batches
@@ -339,13 +341,16 @@ def test_a_trained_mixture_makes_the_round_trip_through_both_formats(text, tmp_p
     export_gguf(run, tmp_path / "run.gguf", "f32")
     from_gguf = open_model(tmp_path / "run.gguf")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run", dtype=torch.float32)
-    assert type(theirs).__name__ == "Qwen3MoeForCausalLM"
     theirs.save_pretrained(tmp_path / "theirs")
     from_transformers = open_model(tmp_path / "theirs")
     for back in (from_gguf, from_transformers):
         assert set(back.tensors) == set(run.tensors)
         for name in run.tensors:
             assert np.asarray(back.tensors[name]).tobytes() == np.asarray(run.tensors[name]).tobytes(), name
+    checks = certify(load(tmp_path / "run", "torch", "float32"), quiet)  # transformers, and llama.cpp where it is
+    assert not [check for check in checks if check.passed is False], checks
+    (by_transformers,) = (check for check in checks if check.name == "transformers equals Thinker")
+    assert (by_transformers.passed, by_transformers.note) == (True, "Qwen3MoeForCausalLM")
 
 
 def test_a_ramps_counters_and_beta2_follow_its_rows(text, tmp_path):

@@ -1,14 +1,16 @@
 """What vLLM needs of a folder, checked without it: it doesn't run on this machine.
 
 From its model code (llama, mixtral, qwen3, qwen3_moe, arcee in its model_executor/models): an architecture that it
-registers; tensors that, after q, k, v and gate, up are stacked, are exactly its parameters; silu in every gate; a head
-width that its attention kernels have; a tokenizer that transformers opens, no larger than the embedding.
+registers; tensors that, after q, k, v and gate, up are stacked, are exactly its parameters; silu in every gate, and
+relu2 in the plain MLP; a head width that its attention kernels have; a tokenizer that transformers opens, no larger
+than the embedding.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from conftest import ARCHITECTURES, randomise, small
@@ -19,10 +21,14 @@ from thinker.formats.gguf_export import exportable
 from thinker.formats.huggingface import expressible
 from thinker.model import ThinkerLM
 from thinker.tokenizer import Tokenizer
+from thinker.train.config import read_settings
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 REGISTERED = {
     "LlamaForCausalLM", "MixtralForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "ArceeForCausalLM",
 }  # fmt: skip
+# What its kernels for processors, for accelerators and of FlashInfer have in common (get_supported_head_sizes).
+HEAD_WIDTHS = {64, 128, 256}
 STACKED = (
     (r"\.(q|k|v)_proj\.", ".qkv_proj."),
     (r"mlp\.(gate|up)_proj\.", "mlp.gate_up_proj."),
@@ -69,7 +75,12 @@ def stacked(name, gated):
     return name
 
 
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if expressible(small(name)) is None])
+def runs_there(config):
+    """Whether vLLM computes this network; it refuses Llama's and Arcee's other activations, and ignores a mixture's."""
+    return expressible(config) is None and config.activation_name == ("silu" if config.use_swiglu else "relu2")
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if runs_there(small(name))])
 def test_a_folder_has_what_vllm_loads(tmp_path, name):
     """Bug: a tensor that vLLM doesn't know, or one that it misses and leaves at random."""
     from transformers import AutoTokenizer
@@ -99,9 +110,15 @@ def test_a_folder_has_what_vllm_loads(tmp_path, name):
     assert opened("words")["input_ids"] == tokenizer.encode("words", bos=True)
 
 
-def test_gates_that_vllm_would_refuse_are_the_ones_that_exports_refuse():
+def test_vllm_and_llama_cpp_know_the_same_activations():
     """Bug: a gate with gelu is offered to a program that would compute silu, or refuse it at the other end."""
     for name in ARCHITECTURES:
-        config = small(name)
-        if config.use_swiglu and config.activation_name != "silu":
-            assert exportable(config) is not None, name
+        config = small(name, layer_scale=None)
+        assert runs_there(config) == (exportable(config) is None), name
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
+def test_the_shipped_configurations_have_heads_for_its_kernels(path):
+    """Bug: a model trained for days, and no attention kernel elsewhere has its head width."""
+    architecture, _, _ = read_settings(path, {})
+    assert architecture.head_width in HEAD_WIDTHS

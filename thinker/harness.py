@@ -8,7 +8,9 @@ one goes through transformers.
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import lm_eval.models  # noqa: F401 - the harness fills its list of models only while that is empty: its own come first
 import numpy as np
@@ -19,10 +21,12 @@ from lm_eval.api.registry import register_model
 from .evaluate import token_losses
 from .llm import load
 
+T = TypeVar("T")
+
 
 @register_model("thinker")
 class ThinkerHarness(LM):
-    """Any model that Thinker opens. Requests longer than the context lose their beginning, and `cut` counts them."""
+    """Any model that Thinker opens. Requests longer than the context lose their beginning; a warning counts them."""
 
     def __init__(self, pretrained: str, backend: str = "auto", dtype: str | None = None, **_: Any) -> None:
         super().__init__()
@@ -31,7 +35,7 @@ class ThinkerHarness(LM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Of each (context, continuation): log p(continuation | context), and whether greedy decoding writes it."""
-        return [self._continuation(*request.args) for request in requests]
+        return self._answered(self._continuation, requests)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Of each (text,): its log-probability, every token once, with as much context as there is room for."""
@@ -39,7 +43,15 @@ class ThinkerHarness(LM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Of each (context, settings): the continuation up to one of the strings in `until`."""
-        return [self._continued(*request.args) for request in requests]
+        return self._answered(self._continued, requests)
+
+    def _answered(self, answer: Callable[..., T], requests: list[Instance]) -> list[T]:
+        before = self.cut
+        answers = [answer(*request.args) for request in requests]
+        if cut := self.cut - before:
+            limit = self.llm.config.ctx_len
+            warnings.warn(f"{cut} of {len(requests)} requests lost their beginning to ctx_len {limit}", stacklevel=3)
+        return answers
 
     def _continuation(self, context: str, continuation: str) -> tuple[float, bool]:
         # A space at the border belongs to the continuation, since tokens carry the space in front of their word.
@@ -67,7 +79,8 @@ class ThinkerHarness(LM):
         room = self.llm.config.ctx_len - wanted
         if len(ids) > room:
             self.cut += 1
-            context = self.llm.tokenizer.decode(ids[len(ids) - max(room, 1) :])
+            kept = max(room - self.llm.files.add_bos, 1)  # bos comes in front again
+            context = self.llm.tokenizer.decode(ids[len(ids) - kept :])
         return self.llm.generate(
             context,
             max_new_tokens=wanted,

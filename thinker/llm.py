@@ -147,7 +147,10 @@ class LLM:
         """The model's own. Raises `ValueError` when it has none."""
         if self.files.tokenizer_json is None:
             raise ValueError(f"{self.files.path}: has no tokenizer.json, without which texts can't be read or written")
-        return Tokenizer.from_json(self.files.tokenizer_json)
+        try:
+            return Tokenizer.from_json(self.files.tokenizer_json)
+        except ValueError as error:
+            raise ValueError(f"{self.files.path}: its tokenizer can't be used: {error}") from None
 
     @functools.cached_property
     def model(self) -> ThinkerLM:
@@ -212,7 +215,10 @@ class LLM:
                 raise ValueError(f"{self.files.path}: has no chat template, and its tokenizer no tokens for turns")
             template = DEFAULT_TEMPLATE
         eos_id = self.files.eos_ids[0] if self.files.eos_ids else None
-        return ChatFormat(self.tokenizer, template, self.files.bos_id, eos_id)
+        try:
+            return ChatFormat(self.tokenizer, template, self.files.bos_id, eos_id)
+        except ValueError as error:
+            raise ValueError(f"{self.files.path}: {error}") from None
 
     @functools.cached_property
     def reader(self) -> Reader:

@@ -15,7 +15,7 @@ from ..formats import ModelFiles
 from ..llm import LLM
 from .decoders import native_checks, torch_checks
 from .elsewhere import gguf_checks, transformers_checks, verify_gguf
-from .truth import Check, Say, Truth, find_truth, within
+from .truth import Check, Say, Truth, find_truth, swaying, within
 
 __all__ = ["POSITIONS", "Check", "Truth", "certify", "describe", "find_truth", "verify_gguf", "within"]
 
@@ -33,7 +33,8 @@ def certify(llm: LLM, say: Say) -> list[Check]:
         return checks
     say("torch, without a cache, in float32 and float64")
     truth = find_truth(llm, tokens)
-    checks.append(within("torch: float32 equals float64", truth.by_torch, truth.logits, truth.float32))
+    checks.append(swaying(truth))
+    checks.append(within("torch: float32 equals float64", truth.by_torch, truth.logits, truth.tolerance))
     checks += torch_checks(llm, tokens, truth, say)
     checks += native_checks(files, llm, tokens, truth, say)
     checks += transformers_checks(files, llm, tokens, truth, say)

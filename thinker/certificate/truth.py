@@ -14,9 +14,13 @@ from ..llm import LLM
 
 # What float32 promises between two ways of adding the same numbers, as a share of the largest logit.
 FLOAT32_SHARE = 1e-5
-# Where a model magnifies roundings more than that, no float32 is better: there an implementation may be so many times
-# as far from float64 as torch's float32 is (as torch tests its own compiler, `same` in torch/_dynamo/utils.py).
-AS_GOOD_AS_TORCH = 2
+# A trained model magnifies roundings at some tokens, where no float32 keeps that promise: in SmolLM2 one of 96 moves
+# by 1e-3 when nothing but the norms gets more exact. How much a token magnifies is measured, not taken from anybody's
+# float32: the exact answer is found again with the stream rounded once between blocks, in other directions each time.
+ROUNDING = 2.0**-24
+TRIES = 4
+# So many times a value is rounded on its way through a block: norms, products, RoPE, softmax, gate, sums of hundreds.
+ROUNDINGS_IN_A_BLOCK = 32
 
 Say = Callable[[str], None]
 
@@ -34,46 +38,70 @@ class Check:
 
 @dataclass(frozen=True)
 class Truth:
-    """What a model answers to some tokens: the plain forward in float64, and torch's in float32 beside it, (T, V)."""
+    """What a model answers to T tokens: in float64, by torch in float32, both (T, V), and how much each sways (T,).
+
+    `sway` is how far a token's logits move when the stream is rounded once between blocks.
+    """
 
     logits: np.ndarray
     by_torch: np.ndarray
+    sway: np.ndarray
 
     @property
-    def float32(self) -> float:
+    def share(self) -> float:
         """How far from the truth float32 should be."""
         return FLOAT32_SHARE * float(np.abs(self.logits).max())
 
     @property
-    def tolerance(self) -> float:
-        """How far from it an implementation may be."""
-        return max(self.float32, AS_GOOD_AS_TORCH * apart(self.by_torch, self.logits))
+    def tolerance(self) -> np.ndarray:
+        """How far from it an implementation may be at each token, (T,)."""
+        return np.maximum(self.share, ROUNDINGS_IN_A_BLOCK * self.sway)
 
 
-def apart(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """The greatest difference of two arrays of logits."""
-    return float(np.abs(ours.astype(np.float64) - theirs).max())
+def apart(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """The greatest difference of two arrays of logits at each token: (T, V) to (T,)."""
+    return np.abs(ours.astype(np.float64) - theirs).max(axis=-1)
 
 
-def within(name: str, ours: np.ndarray, theirs: np.ndarray, tolerance: float, note: str = "") -> Check:
-    """The greatest difference of two arrays of logits against what is tolerated; 0 asks for the same bytes."""
-    difference = apart(ours, theirs)
-    return Check(name, difference, tolerance, bool(difference <= tolerance), note)
+def within(name: str, ours: np.ndarray, theirs: np.ndarray, tolerance: float | np.ndarray, note: str = "") -> Check:
+    """The difference of two arrays of logits, at the token that comes nearest to what is tolerated, or exceeds it most.
+
+    A tolerance of 0 asks for the same bytes; NaN is never tolerated.
+    """
+    figures = apart(ours, theirs)
+    tolerances = np.broadcast_to(tolerance, figures.shape)
+    worst = int(np.argmax(figures - tolerances))  # NaN counts as the largest
+    figure, limit = float(figures[worst]), float(tolerances[worst])
+    return Check(name, figure, limit, figure <= limit, note)
+
+
+def swaying(truth: Truth) -> Check:
+    """How many tokens are allowed more than float32's share, and how much: a figure to know, neither pass nor fail."""
+    beyond = truth.tolerance > truth.share
+    note = f"of {len(beyond)}" + (f"; up to {truth.tolerance.max():.2e} allowed" if beyond.any() else "")
+    return Check("float64: tokens that magnify roundings", float(beyond.sum()), None, None, note)
 
 
 def find_truth(llm: LLM, tokens: np.ndarray) -> Truth:
-    """The plain uncached forward of T tokens, twice. Weights are widened part by part, only while a part computes."""
+    """The plain uncached forward of T tokens. Weights are widened part by part, only while a part computes."""
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
     model = llm.model
     ids = torch.from_numpy(tokens)[None].to(model.head.weight.device)
+    draws = torch.Generator().manual_seed(0)
 
     def widened(part: nn.Module, arguments: object) -> None:
         part.double()
 
     def narrowed(part: nn.Module, arguments: object, output: object) -> None:
         part.float()
+
+    def rounded(part: nn.Module, arguments: object, output: Tensor | tuple[Tensor, object]) -> object:
+        stream = output if isinstance(output, Tensor) else output[0]
+        noise = torch.rand(stream.shape, generator=draws, dtype=torch.float64).to(stream.device)
+        stream = stream * (1 + ROUNDING * (2 * noise - 1))
+        return stream if isinstance(output, Tensor) else (stream, *output[1:])
 
     def logits() -> np.ndarray:
         answer = model(ids)
@@ -85,4 +113,8 @@ def find_truth(llm: LLM, tokens: np.ndarray) -> Truth:
         for part in (model.tok_emb, *model.blocks, model.norm, model.head):
             hooks.callback(part.register_forward_pre_hook(widened).remove)
             hooks.callback(part.register_forward_hook(narrowed).remove)
-        return Truth(logits(), by_torch)
+        exact = logits()
+        for part in (model.tok_emb, *model.blocks):
+            hooks.callback(part.register_forward_hook(rounded).remove)
+        sway = np.max([apart(logits(), exact) for _ in range(TRIES)], axis=0)
+    return Truth(exact, by_torch, sway)

@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..certificate import Check, certify, describe
@@ -43,16 +44,17 @@ def run(options: Options) -> int:
 
 
 def show(title: str, checks: list[Check]) -> None:
-    """The checks as a table on stdout."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    """The checks as a table on stdout, under a title that stays one line."""
+    table = Table(box=None, pad_edge=False)
     for column in ("check", "figure", "tolerance", "", ""):
-        table.add_column(column, justify="right" if column in ("figure", "tolerance") else "left")
+        table.add_column(column, justify="right" if column in ("figure", "tolerance") else "left", no_wrap=bool(column))
     verdicts = {True: "[green]pass[/]", False: "[bold red]FAIL[/]", None: "[dim]–[/]"}
     for check in checks:
         figures = ("" if value is None else written(value) for value in (check.figure, check.tolerance))
-        table.add_row(check.name, *figures, verdicts[check.passed], f"[dim]{check.note}[/]")
+        table.add_row(check.name, *figures, verdicts[check.passed], f"[dim]{escape(check.note)}[/]")
     console = Console(highlight=False)
     console.width = max(console.width, 110)  # a pipe or a file has no width of its own
+    console.print(escape(title), style="italic", soft_wrap=True)
     console.print(table)
 
 

@@ -63,17 +63,11 @@ def exportable(config: ThinkerConfig, kind: ExportType = "f32") -> str | None:
     return None
 
 
-def export_gguf(
-    files: ModelFiles, path: Path, kind: ExportType = "f16", progress: Callable[[int, int], None] | None = None
-) -> None:
-    """Write a model as a GGUF file, atomically. What GGUF or llama.cpp can't carry raises `ValueError` beforehand.
-
-    Q8_0 tensors of the model stay as they are under "q8_0". `progress` gets the tensors done and their number.
-    """
+def check_exportable(files: ModelFiles, kind: ExportType) -> Vocabulary:
+    """The vocabulary that a file will have; what GGUF or llama.cpp can't carry of a model raises `ValueError`."""
     if kind not in get_args(ExportType):
         raise ValueError(f"type {kind!r} can't be exported: choose {', '.join(get_args(ExportType))}")
-    config = files.config
-    if (reason := exportable(config, kind)) is not None:
+    if (reason := exportable(files.config, kind)) is not None:
         raise ValueError(f"{files.path}: {reason}")
     if files.modality is not None:
         senses = " and ".join(files.modality.config.kinds)
@@ -83,9 +77,21 @@ def export_gguf(
         )
     if files.tokenizer_json is None:
         raise ValueError(f"{files.path}: has no tokenizer.json, without which llama.cpp can't read or write text")
-    vocabulary = to_vocabulary(files.tokenizer_json, config.vocab_size, str(files.path))
+    vocabulary = to_vocabulary(files.tokenizer_json, files.config.vocab_size, str(files.path))
     if len(files.eos_ids) > 3:
         raise ValueError(f"{files.path}: {len(files.eos_ids)} tokens end its texts, and GGUF has room for 3")
+    return vocabulary
+
+
+def export_gguf(
+    files: ModelFiles, path: Path, kind: ExportType = "f16", progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Write a model as a GGUF file, atomically. What GGUF or llama.cpp can't carry raises `ValueError` beforehand.
+
+    Q8_0 tensors of the model stay as they are under "q8_0". `progress` gets the tensors done and their number.
+    """
+    vocabulary = check_exportable(files, kind)
+    config = files.config
     if not path.parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.parent}")
     arch = next(arch for arch in ARCHITECTURES.values() if _fits(arch, config))

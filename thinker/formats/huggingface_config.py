@@ -14,7 +14,7 @@ from ..checkpoint.files import brief
 from ..config import Activation, ThinkerConfig
 
 OWN_CLASS, OWN_TYPE = "ThinkerForCausalLM", "thinker"
-LONGEST = 2**24  # float32, in which positions become angles, counts no further
+LONGEST = 2**20  # positions; a greater number is most likely damage, and its angles would fill the memory
 MOST_HEADS = 2**16
 
 
