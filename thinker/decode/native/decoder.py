@@ -69,7 +69,8 @@ class NativeDecoder(Decoder):
         self.weight_bytes = packed.weights.nbytes + packed.scales.nbytes + packed.floats.nbytes
         # Of float16 the bits, since not every processor computes with it.
         cached = np.int16 if shape[0]["cached"] == FLOAT16 else np.float32
-        self._keys, self._values = (sparse(slots * sizes.slot, cached) for _ in range(2))
+        piece = int(shape[0]["step_head_cache"])
+        self._keys, self._values = (sparse(slots * sizes.slot, cached, piece) for _ in range(2))
         self._work, self._plan = aligned(sizes.work, np.float32), aligned(sizes.plan, np.int64)
         self._rows = np.zeros((3, ROWS), np.int64)
         self._row_slots, self._row_places, self._row_tokens = self._rows

@@ -23,6 +23,7 @@ ROWS = 64  # rows of one pass: a block of a prompt, or one token each of so many
 CHUNK = 4  # panels that one product makes before its results are used
 QUERIES = 8  # rows of a prompt that attend together
 LINE = 16  # elements of a cache line of float32
+SHORT = 1 << 18  # bytes of one head's keys that are allotted at once, however few come
 STRIDE = 16  # words from one thread's to the next: two cache lines, as processors fetch them in pairs
 FLOAT32, Q8, FLOAT16 = range(3)  # what the panels of a product are made of
 ACTIVATIONS = ("silu", "gelu", "relu", "relu2")
@@ -61,13 +62,16 @@ def aligned(size: int, dtype: Any) -> np.ndarray:
     return raw[start : start + size * width].view(dtype)
 
 
-def sparse(size: int, dtype: Any) -> np.ndarray:
-    """The same in small pages, for caches of which little may ever be used: numpy's huge ones would come whole."""
-    count = size * np.dtype(dtype).itemsize
+def sparse(size: int, dtype: Any, piece: int) -> np.ndarray:
+    """The same for caches, whose pieces of so many elements fill slowly, each from its beginning.
+
+    Little of a long one may ever be used, and a huge page would come whole; short ones are read faster from huge pages.
+    """
+    width = np.dtype(dtype).itemsize
     if sys.platform != "linux":
-        return np.frombuffer(mmap.mmap(-1, count), dtype)
-    memory = mmap.mmap(-1, count, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a forked child writes into its own
-    memory.madvise(mmap.MADV_NOHUGEPAGE)
+        return np.frombuffer(mmap.mmap(-1, size * width), dtype)
+    memory = mmap.mmap(-1, size * width, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a forked child writes into its own
+    memory.madvise(mmap.MADV_HUGEPAGE if piece * width <= SHORT else mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(memory, dtype)
 
 

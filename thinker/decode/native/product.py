@@ -25,6 +25,7 @@ from .layout import FLOAT16, PANEL, Q8
 LANES = 16  # float32 in one vector
 BLOCK = 32  # inputs whose products are added up by themselves; in INT8 they share a scale
 CACHE_LINE = 64  # bytes
+STREAM = 8192  # bytes that a stream of weights is asked for ahead
 
 INT, SHORT, BYTE, FLOAT = ir.IntType(64), ir.IntType(16), ir.IntType(8), ir.FloatType()
 FLOATS = ir.VectorType(FLOAT, LANES)
@@ -109,13 +110,13 @@ def _from_half(builder: ir.IRBuilder, half: ir.Value) -> ir.Value:
     return builder.bitcast(builder.or_(magnitude, sign), FLOATS)
 
 
-def _tile(rows: int, panels: int, ahead: int = 0) -> Any:
+def _tile(rows: int, panels: int) -> Any:
     """The product of R rows and P panels, for fixed R and P: out (R, 32 P) = x (R, k) times w (P, k, 32).
 
     Each block of 32 inputs is added up by itself, then joined to the sum of those before, which rounds off a third of
     what one long sum does (through SmolLM2's 30 layers: logits as near to float64 as torch's). As `kind`
-    says, w is float32, or float16 (keys and values), or Q8_0, where the block's sum is scaled as a whole and what lies
-    `ahead` bytes further is fetched.
+    says, w is float32, or float16 (keys and values), or Q8_0, where the block's sum is scaled as a whole. Meanwhile the
+    next weights are fetched: for many rows, which use a panel over and over, all of the next panel.
     """
     places = [divmod(lane, PANEL) for lane in range(0, panels * PANEL, LANES)]  # panel and lane of each vector
     vectors = len(places)
@@ -131,6 +132,12 @@ def _tile(rows: int, panels: int, ahead: int = 0) -> Any:
                 starts = [builder.add(builder.mul(step, INT(panel)), INT(lane)) for panel, lane in places]
                 return [pointer(builder, address, element, at, start) for start in starts]
 
+            def ask(column, j, further, count):  # type: ignore[no-untyped-def]
+                """Have the weights fetched that lie `further` elements behind those of `count` inputs from j on."""
+                place = builder.gep(column, [builder.add(further, builder.mul(j, INT(PANEL)))])
+                for line in range(0, count * PANEL * (1 if column.type.pointee == BYTE else 4), CACHE_LINE):
+                    _fetch(builder, builder.bitcast(place, BYTE.as_pointer()), line)
+
             def products(columns, j, sums):  # type: ignore[no-untyped-def]
                 weights = [_load(builder, builder.gep(column, [builder.mul(j, INT(PANEL))])) for column in columns]
                 if weights[0].type.element == BYTE:
@@ -145,10 +152,15 @@ def _tile(rows: int, panels: int, ahead: int = 0) -> Any:
             def in_floats(element):  # type: ignore[no-untyped-def]
                 weights = columns(w, element, w_at, w_step)
 
+                def one(j, sums):  # type: ignore[no-untyped-def]
+                    if rows > 1 and element == FLOAT:
+                        ask(weights[0], j, w_step, 1)
+                    return products(weights, j, sums)
+
                 def block(j, sums):  # type: ignore[no-untyped-def]
                     end = builder.add(j, INT(BLOCK))
                     end = builder.select(builder.icmp_signed("<", end, k), end, k)
-                    parts = _loop(builder, j, end, 1, zeros, lambda i, sums: products(weights, i, sums))
+                    parts = _loop(builder, j, end, 1, zeros, one)
                     return [builder.fadd(total, part) for total, part in zip(sums, parts, strict=True)]
 
                 return _loop(builder, INT(0), k, BLOCK, zeros, block)
@@ -160,8 +172,8 @@ def _tile(rows: int, panels: int, ahead: int = 0) -> Any:
                 halves = columns(scales, SHORT, at, step)
 
                 def block(j, sums):  # type: ignore[no-untyped-def]
-                    for line in range(ahead, ahead + BLOCK * PANEL if ahead else 0, CACHE_LINE):
-                        _fetch(builder, builder.gep(weights[0], [builder.mul(j, INT(PANEL))]), line)
+                    if rows > 1 or panels == 1:
+                        ask(weights[0], j, w_step if rows > 1 else INT(STREAM), BLOCK)
                     end = builder.add(j, INT(BLOCK))
                     parts = _loop(builder, j, end, 1, zeros, lambda i, sums: products(weights, i, sums))
                     factors = [_from_half(builder, _load(builder, builder.gep(column, [j]))) for column in halves]
@@ -190,8 +202,8 @@ def _tile(rows: int, panels: int, ahead: int = 0) -> Any:
     return tile
 
 
-eight_rows, four_rows, four_panels, two_panels = _tile(8, 1), _tile(4, 1), _tile(1, 4), _tile(1, 2)
-one_panel = _tile(1, 1, ahead=8192)
+eight_rows, four_rows = _tile(8, 1), _tile(4, 1)
+four_panels, two_panels, one_panel = _tile(1, 4), _tile(1, 2), _tile(1, 1)
 
 
 def product(x, x_at, x_step, rows, w, w_at, w_step, panels, abreast, kind, scales, k, out, out_at, out_step):  # type: ignore[no-untyped-def]
