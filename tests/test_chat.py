@@ -315,12 +315,16 @@ def test_what_is_no_conversation_is_refused_in_one_line(messages, message):
         ("{{ namespace(__class__=1) }}", "fails on this conversation: SecurityError"),
         ("{% set n = namespace() %}{% set n.__init__ = 1 %}", "fails on this conversation: SecurityError"),
         ("{{ range(10000000) | list }}", "fails on this conversation: OverflowError"),
+        ("{% for i in range(9**5) %}{% endfor %}", "fails on this conversation: SecurityError"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "its loops take more than"),
+        ("{{ 'x' * 10000000000 }}", "fails on this conversation: SecurityError"),
+        ("{{ 3 * [messages[0]] * 10000000000 }}", "fails on this conversation: SecurityError"),
         ("{% include '/etc/passwd' %}", "fails on this conversation: TypeError"),
         ("{{ raise_exception('no ' + messages[0].role) }}", "refuses this conversation: no user"),
     ],
 )
 def test_a_template_can_fail_but_not_break_out(template, message):
-    """Catches a template that reaches Python, or a failure of it that is shown as a traceback."""
+    """Catches a template that reaches Python, fills time or memory, or whose failure is shown as a traceback."""
     with pytest.raises(ValueError, match=message):
         ChatFormat(OURS, template).encode(CONVERSATION[:1])
 

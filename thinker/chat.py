@@ -13,8 +13,9 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -26,6 +27,7 @@ from .messages import Message, check_messages, media_parts, parts_of, text_of
 from .tokenizer import ASSISTANT, END, MEDIA, SYSTEM, USER, Tokenizer
 
 MEDIA_TOKENS = {"image": MEDIA[:3], "audio": MEDIA[3:]}  # begin, placeholder, end
+MOST_TURNS = 1_000_000  # of all of a template's loops over numbers in one rendering, and of a text repeated
 ROLE_TOKENS = frozenset({SYSTEM, USER, ASSISTANT, END})  # what the default template needs of a tokenizer
 
 # What this project's own models speak: <|bos|><|user|>Hello<|end|><|assistant|>Hi<|end|>
@@ -149,6 +151,7 @@ class ChatFormat:
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         try:
             return self._template.render(
+                range=_bounded_range(),
                 messages=messages,
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
@@ -245,6 +248,35 @@ class _Namespace(jinja2.utils.Namespace):
         super().__setitem__(name, value)
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, in which no short expression fills the memory: a product repeats nothing a million times."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        """Numbers and short texts are multiplied."""
+        numbers = isinstance(left, int | float) and isinstance(right, int | float)
+        sizes = [value if isinstance(value, int) else len(value) for value in (left, right)] if not numbers else [0]
+        if operator == "**" or math.prod(sizes) > MOST_TURNS:
+            raise jinja2.exceptions.SecurityError(f"{operator} makes too much of what is before it")
+        return super().call_binop(context, operator, left, right)
+
+
+def _bounded_range() -> Callable[..., range]:
+    """Jinja's `range` for one rendering, in which all of its loops together end."""
+    left = MOST_TURNS
+
+    def bounded(*arguments: int) -> range:
+        nonlocal left
+        made = safe_range(*arguments)
+        left -= len(made)
+        if left < 0:
+            raise OverflowError(f"its loops take more than {MOST_TURNS:,} turns")
+        return made
+
+    return bounded
+
+
 def _check_attribute(name: object) -> None:
     if str(name).startswith("_"):
         raise jinja2.exceptions.SecurityError(f"a namespace can't have the attribute {name!r}")
@@ -265,10 +297,8 @@ def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
 
 @functools.cache
 def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.globals = {"raise_exception": _raise, "namespace": _Namespace, "range": safe_range, "dict": _dict}
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    environment.globals = {"raise_exception": _raise, "namespace": _Namespace, "dict": _dict}
     environment.filters["tojson"] = _to_json
     return environment
 
