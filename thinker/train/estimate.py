@@ -35,8 +35,8 @@ SHORTEST = 32  # tokens: less context is no remedy
 COMPILER = 120 << 20
 COMPILED_BLOCK = 1 << 20
 
-# The report at the end brings matplotlib, the sampler and xz -9: liblzma's table, and what it keeps of each byte of
-# held-out text in a window of 64 MiB.
+# The report at the end brings matplotlib and the sampler, in which the heap has no part, and xz -9, for which the heap
+# has room after the steps: liblzma's table, and what it keeps of each byte of held-out text in a window of 64 MiB.
 REPORT_LIBRARIES = 90 << 20
 XZ_TABLE, XZ_PER_BYTE, XZ_WINDOW = 64 << 20, 9, 64 << 20
 
@@ -51,7 +51,7 @@ class Estimate:
     settings: TrainConfig
     base: int
     rehearsal: Rehearsal
-    report: int  # what the report at the end takes besides what a run holds between two steps
+    report: int  # what the report at the end takes of the heap, besides what a run holds between two steps
 
     @property
     def peak(self) -> int:
@@ -97,13 +97,13 @@ class Plan:
         rehearsal = rehearse(lambda: self.run(config, few, decisions), accelerator=self.accelerated)
         if self.accelerated:
             return Estimate(config, settings, ACCELERATOR, rehearsal, 0)
-        base = self.own + self.program * programs(rehearsal, config, settings)
+        base = self.own + REPORT_LIBRARIES + self.program * programs(rehearsal, config, settings)
         if self.decisions.compile:
             base += COMPILER + config.n_layers * COMPILED_BLOCK
-        report = REPORT_LIBRARIES
+        report = 0
         if isinstance(self.corpus, Corpus):
             held_out = self.corpus.valid_bytes
-            report += held_out + XZ_TABLE + XZ_PER_BYTE * min(held_out, XZ_WINDOW)
+            report = held_out + XZ_TABLE + XZ_PER_BYTE * min(held_out, XZ_WINDOW)
         return Estimate(config, settings, base, rehearsal, report)
 
     def nearest(self, first: Estimate, limit: int, say: Callable[[str], None]) -> Estimate | None:

@@ -66,7 +66,7 @@ class Rehearsal:
     whole: dict[str, int]  # the most there ever is of each
     at_peak: dict[str, int]  # when most is in use
     held: int  # at most by the heap, holes included; 0 where the allocator is not known
-    rest: int  # by the heap between two steps
+    rest: int  # in use between two steps; the heap keeps its holes, and what comes then fills them
     products: int  # shapes of products
     grouped: int  # shapes of grouped products, of whose groups each has its own, in every layer and step anew
 
@@ -143,9 +143,9 @@ class Ledger(TorchDispatchMode):
         self.heap.give_back(place, size)
 
     @property
-    def held(self) -> int:
-        """Bytes that live now, with the heap's holes."""
-        return self.heap.held or sum(size for _, size in self.events)
+    def in_use(self) -> int:
+        """Bytes that live now."""
+        return sum(size for _, size in self.events)
 
     def call(self, tensor: Tensor, kind: str) -> None:
         """Say what a tensor is."""
@@ -204,7 +204,7 @@ def rehearse(make: Callable[[], Run], steps: int = STEPS, accelerator: bool = Fa
             for _ in range(steps):
                 take_step(run, run.module, 1.0)
                 run.step += 1
-            rest = ledger.held
+            rest = ledger.in_use
             _look(run)
             del run
     return Rehearsal(ledger.largest(), ledger.at_peak(), heap.most, rest, len(ledger.products), len(ledger.grouped))
