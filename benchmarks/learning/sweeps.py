@@ -2,7 +2,8 @@
 
     python -m benchmarks.learning.sweeps [--seeds 0 1] [--steps 125] [--names NAME …]
 
-What `thinker/train/recipes.py` chooses is argued from these. Differences within the spread of seeds say nothing.
+What `thinker/train/recipes.py` chooses is argued from these. Differences within the spread of seeds say nothing. Where
+text is short, the loss is measured twelve times, and what an early stop of any patience had come to is read from there.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from thinker.train.held_out import LOOKS
 
 from .nanogpt import characters, ours
 from .runs import Text, train
@@ -40,8 +43,10 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 # Epochs over a beginning of the text, each with these dropouts.
 REPEATED = {
-    f"{epochs} epochs, dropout {dropout:g}": (epochs, dropout) for epochs in (3, 12) for dropout in (0, 0.1, 0.2)
+    f"{epochs} epochs, dropout {dropout:g}": (epochs, dropout) for epochs in (3, 12, 40) for dropout in (0, 0.1, 0.2)
 }
+MEASURED = 20_000  # held-out characters of each of their looks
+PATIENCE = (1, 2, 4)  # looks without a better one that a run of the above waits before it ends
 
 
 def main() -> None:
@@ -59,11 +64,14 @@ def main() -> None:
             key = {"name": name, "seed": seed, "steps_of_24": options.steps}
             if any(all(one[part] == value for part, value in key.items()) for one in results):
                 continue
-            done = train(variant(text, seed, options.steps, name), name)
-            results.append(key | {"loss": done.loss, "settings": done.settings, "seconds": done.looks[-1].seconds})
+            looks = LOOKS if name in REPEATED else 1
+            done = train(variant(text, seed, options.steps, name), name, looks, sparse=1)
+            row = {"loss": done.loss, "settings": done.settings, "seconds": done.looks[-1].seconds}
+            results.append(key | row | {"looks": [look.loss for look in done.looks]})
             print(f"{name}, seed {seed}: {done.loss:.4f} in {done.looks[-1].seconds:.0f} s", flush=True)
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
+    print(stops(results))
 
 
 def variant(text: Text, seed: int, steps: int, name: str) -> Any:
@@ -71,7 +79,7 @@ def variant(text: Text, seed: int, steps: int, name: str) -> Any:
     if name in REPEATED:
         epochs, dropout = REPEATED[name]
         size = steps * ROWS * 64 // epochs
-        return ours(Text(text.train[:size], text.valid), seed, steps, compiled=False, dropout=dropout)
+        return ours(Text(text.train[:size], text.valid[:MEASURED]), seed, steps, compiled=False, dropout=dropout)
     changes = dict(CHANGES[name])
     steps = steps * ROWS // changes.get("batch_size", ROWS)
     if "ramp" in changes:
@@ -98,6 +106,34 @@ def table(results: list[dict[str, Any]]) -> str:
                 f"| {name} | {steps * ROWS * 64:,} | {len(losses)} | {losses.mean():.3f}{spread} | {against} |"
             )
     return "\n".join(lines)
+
+
+def stops(results: list[dict[str, Any]]) -> str:
+    """Markdown: the best loss and the share of the run until it ends, for each patience and without."""
+    waits = [*PATIENCE, LOOKS]
+    lines = [
+        "| repeated text | seeds | last look | " + " | ".join(f"patience {wait}" for wait in PATIENCE) + " | no stop |",
+        "|---|---|---|" + "---|" * len(waits),
+    ]
+    for name in REPEATED:
+        curves = [one["looks"] for one in results if one["name"] == name and len(one.get("looks", ())) == LOOKS]
+        if curves:
+            ended = [np.mean([stopped(looks, wait) for looks in curves], axis=0) for wait in waits]
+            cells = (f"{best:.3f} after {share:.0%}" for best, share in ended)
+            last = np.mean([looks[-1] for looks in curves])
+            lines.append(f"| {name} | {len(curves)} | {last:.3f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def stopped(looks: list[float], patience: int) -> tuple[float, float]:
+    """The best loss before a run ends that waits so many looks for a better one, and the share of it that it takes."""
+    best = 0
+    for i, loss in enumerate(looks):
+        if loss < looks[best]:
+            best = i
+        if i - best >= patience:
+            break
+    return looks[best], (i + 1) / len(looks)
 
 
 if __name__ == "__main__":
