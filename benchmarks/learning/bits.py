@@ -34,6 +34,8 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "bits.json"
 SECONDS = 600.0
 ADAMW_TOKENS_PER_SECOND = 6500  # of the tiny configuration on the two quiet cores that the aims were set on
+LOOKS_AT_NEW_TEXT = 5  # which only draw the curve
+LOOK_TOKENS = 5000  # of a look along the way, about
 ADAMW, OURS = "AdamW, cosine", "Thinker's recipe"
 TINY = ThinkerConfig.model_validate({"dropout": 0.0, "use_qk_norm": True})
 
@@ -101,10 +103,10 @@ def main() -> None:
                     step = chosen.get("batch_size", 8) * TINY.ctx_len
                     length = {"steps": round(SECONDS * options.share * speed / step)}
                 tokens = SECONDS * options.share * ADAMW_TOKENS_PER_SECOND
-                # Looks along the way take some 10,000 tokens.
-                sparse = max(1, len(corpus.valid) // 10_000)
                 run = contestant(corpus, seed, chosen | length, tokens)
-                done = train(run, name, LOOKS, sparse, keep_best=tokens > len(corpus.train))
+                repeats = tokens > len(corpus.train)
+                sparse = max(1, len(corpus.valid) // LOOK_TOKENS)
+                done = train(run, name, LOOKS if repeats else LOOKS_AT_NEW_TEXT, sparse, keep_best=repeats)
                 bits = [look.loss / math.log(2) * corpus.tokens_per_byte for look in done.looks]
                 print(f"{data}, {name}, seed {seed}: {bits[-1]:.4f} bits per byte, {done.looks[-1]}", flush=True)
                 results["runs"].append(done.to_json() | key | {"bits_per_byte": bits})

@@ -142,14 +142,18 @@ def held_out(run: Run, every: int = 1) -> float:
 
 
 def seconds_in_turns(runs: Sequence[Run], rounds: int, steps: int) -> list[float]:
-    """Median seconds a step of each run, taken in turns, so that a busy machine is as busy for all."""
+    """Median seconds a step of each run, taken in turns, so that a busy machine is as busy for all.
+
+    On one thread they are the processor's, which waiting for a busy core doesn't add to.
+    """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     taken: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds + 1):
         for times, run in zip(taken, runs, strict=True):
             module = torch.compile(run.module, dynamic=False) if run.decisions.compile else run.module
-            start = time.perf_counter()
+            start = clock()
             for _ in range(steps):
                 take_step(run, module, 0.1)
                 run.step += 1
-            times.append((time.perf_counter() - start) / steps)
+            times.append((clock() - start) / steps)
     return [float(np.median(times[1:])) for times in taken]  # the first round warms up
