@@ -40,6 +40,13 @@ CHANGES: dict[str, dict[str, Any]] = {
     "6 rows": {"batch_size": 6},
     "48 rows": {"batch_size": 48},
     "ramp of a third": {"ramp": 1 / 3},
+    "12 rows, lr 0.006": {"batch_size": 12, "lr": 6e-3},
+    "12 rows, lr 0.01": {"batch_size": 12, "lr": 1e-2},
+    "12 rows, lr 0.02": {"batch_size": 12, "lr": 2e-2},
+    "12 rows, lr 0.006, muon_lr 0.015": {"batch_size": 12, "lr": 6e-3, "muon_lr": 1.5e-2},
+    "12 rows, lr 0.02, muon_lr 0.015": {"batch_size": 12, "lr": 2e-2, "muon_lr": 1.5e-2},
+    "12 rows, lr 0.006, wsd": {"batch_size": 12, "lr": 6e-3, "schedule": "wsd"},
+    "12 rows, lr 0.006, wsd, cooldown 0.4": {"batch_size": 12, "lr": 6e-3, "schedule": "wsd", "cooldown": 0.4},
 }
 # Epochs over a beginning of the text, each with these dropouts.
 REPEATED = {
@@ -95,13 +102,14 @@ def table(results: list[dict[str, Any]]) -> str:
     lines = ["| changed | characters | seeds | validation loss | against the recipe |", "|---|---|---|---|---|"]
     for steps in sorted({one["steps_of_24"] for one in results}):
         of_steps = [one for one in results if one["steps_of_24"] == steps]
-        base = np.mean([one["loss"] for one in of_steps if one["name"] == "the recipe"] or [np.nan])
+        recipe = [one["loss"] for one in of_steps if one["name"] == "the recipe"]
         for name in [*CHANGES, *REPEATED]:
             losses = np.array([one["loss"] for one in of_steps if one["name"] == name])
             if not len(losses):
                 continue
             spread = f" ({losses.min():.3f} to {losses.max():.3f})" if len(losses) > 1 else ""
-            against = "" if name in REPEATED or name == "the recipe" else f"{losses.mean() - base:+.3f}"
+            compared = recipe and name not in REPEATED and name != "the recipe"
+            against = f"{losses.mean() - np.mean(recipe):+.3f}" if compared else ""
             lines.append(
                 f"| {name} | {steps * ROWS * 64:,} | {len(losses)} | {losses.mean():.3f}{spread} | {against} |"
             )
