@@ -107,10 +107,19 @@ def test_tables_of_what_is_committed() -> None:
         assert len(table.splitlines()) > 2
     look = Look(1, 2, 3.0, 4.0)
     runs = [
-        {"name": "a", "data": data, "share": 1, "looks": [{"tokens": look.tokens}], "bits_per_byte": [value]}
-        for data, value in (("x", 1.5), ("x", 2.5), ("y", 9.0))
+        {"name": name, "data": data, "share": 1, "looks": [{"tokens": look.tokens}], "bits_per_byte": [value]}
+        for name, data, value in (
+            (bits.OURS, "x", 1.5),
+            (bits.OURS, "x", 2.5),
+            (f"{bits.ADAMW}: lr 1", "x", 2.5),
+            (f"{bits.ADAMW}: lr 2", "x", 4.0),
+            (bits.OURS, "y", 9.0),
+        )
     ]
-    assert [line.split("|")[-2].strip() for line in bits.table({"runs": runs}).splitlines()[2:]] == [
-        "2.000 ± 0.707",
-        "9.000",
+    rows = [line.split("|")[-3:-1] for line in bits.table({"runs": runs}).splitlines()[2:]]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["2.500", "+0.0%"],
+        ["4.000", "+60.0%"],
+        ["2.000 ± 0.707", "-20.0%"],
+        ["9.000", ""],
     ]
