@@ -80,6 +80,26 @@ def test_a_run_is_looked_at_and_measured_whole_at_its_end(text: Text) -> None:
     assert done.to_json()["looks"][-1]["loss"] == done.loss
 
 
+def test_the_best_state_is_what_counts_where_it_is_kept(text: Text) -> None:
+    """Bug: the last state is measured, or the best one's loss on a part of the text is reported as that of all."""
+    with repeatable(None):
+        little = Text(text.train[:40], text.valid)  # learned by heart, which is no help on the rest
+        run = nanogpt.ours(little, 0, steps=100, compiled=False, batch_size=2, **SMALL)
+        done = train(run, "test", looks=5, sparse=4, keep_best=True)
+        assert done.loss == held_out(run)
+        along = [look.loss for look in done.looks[:-1]]
+        assert done.state_of == done.looks[int(np.argmin(along))].step < 100
+        assert held_out(run, every=4) == min(along)
+
+
+def test_an_early_stop_is_read_from_a_runs_looks() -> None:
+    """Bug: a stop that sees what comes after it."""
+    looks = [3.0, 2.0, 2.5, 2.2, 1.0, 4.0]
+    assert sweeps.stopped(looks, 1) == (2.0, 3 / 6)
+    assert sweeps.stopped(looks, 2) == (2.0, 4 / 6)
+    assert sweeps.stopped(looks, 3) == (1.0, 1.0)
+
+
 def test_tables_of_what_is_committed() -> None:
     """Bug: results that the scripts can no longer read, or a table that takes one text's runs for another's."""
     for module, path in ((nanogpt, nanogpt.RESULTS), (bits, bits.RESULTS), (sweeps, sweeps.RESULTS)):
@@ -87,10 +107,19 @@ def test_tables_of_what_is_committed() -> None:
         assert len(table.splitlines()) > 2
     look = Look(1, 2, 3.0, 4.0)
     runs = [
-        {"name": "a", "data": data, "share": 1, "looks": [{"tokens": look.tokens}], "bits_per_byte": [value]}
-        for data, value in (("x", 1.5), ("x", 2.5), ("y", 9.0))
+        {"name": name, "data": data, "share": 1, "looks": [{"tokens": look.tokens}], "bits_per_byte": [value]}
+        for name, data, value in (
+            (bits.OURS, "x", 1.5),
+            (bits.OURS, "x", 2.5),
+            (f"{bits.ADAMW}: lr 1", "x", 2.5),
+            (f"{bits.ADAMW}: lr 2", "x", 4.0),
+            (bits.OURS, "y", 9.0),
+        )
     ]
-    assert [line.split("|")[-2].strip() for line in bits.table({"runs": runs}).splitlines()[2:]] == [
-        "2.000 ± 0.707",
-        "9.000",
+    rows = [line.split("|")[-3:-1] for line in bits.table({"runs": runs}).splitlines()[2:]]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["2.500", "+0.0%"],
+        ["4.000", "+60.0%"],
+        ["2.000 ± 0.707", "-20.0%"],
+        ["9.000", ""],
     ]

@@ -7,6 +7,8 @@ Nothing is saved and no sample is drawn. What is trained, on what and how, the y
 
 from __future__ import annotations
 
+import copy
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -30,7 +32,7 @@ from thinker.train.run import Run
 from thinker.train.start import assemble
 
 ROWS_AT_ONCE = 64  # of a look
-SPARSE = 8  # looks along the way take one window in so many
+SPARSE = 8  # looks along the way take one window in so many, unless a yardstick says otherwise
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Outcome:
     settings: dict[str, Any]
     parameters: int
     looks: list[Look]
+    state_of: int  # the step whose state the last look measured
 
     @property
     def loss(self) -> float:
@@ -90,9 +93,13 @@ def prepared(
     return assemble(Path("."), config, settings, decisions, corpus, model, batches, Publication())
 
 
-def train(run: Run, name: str, looks: int = 1) -> Outcome:
-    """All of a run, by steps or by the clock, with so many looks spread evenly; the last is at the end."""
+def train(run: Run, name: str, looks: int = 1, sparse: int = SPARSE, keep_best: bool = False) -> Outcome:
+    """All of a run, by steps or by the clock, with so many looks spread evenly; the last is at the end.
+
+    With `keep_best` it measures the state that was best along the way, as a run that repeats its text publishes it.
+    """
     settings = run.settings
+    best, state_of, state = math.inf, 0, {}
     module = torch.compile(run.module, dynamic=False) if run.decisions.compile else run.module
     seen: list[Look] = []
     if run.decisions.compile:
@@ -105,10 +112,17 @@ def train(run: Run, name: str, looks: int = 1) -> Outcome:
         run.step += 1
         run.seconds += time.perf_counter() - start
         if int(min(run.progress(), 1) * looks) > int(progress * looks):
-            every = SPARSE if run.progress() < 1 else 1
-            seen.append(Look(run.step, run.tokens, run.seconds, held_out(run, every)))
+            ended = run.progress() >= 1
+            loss = held_out(run, 1 if ended and not keep_best else sparse)
+            if loss < best or not keep_best:
+                best, state_of = loss, run.step
+                state = copy.deepcopy(run.model.state_dict()) if keep_best else {}
+            if ended and keep_best:
+                run.model.load_state_dict(state)
+                loss = held_out(run)
+            seen.append(Look(run.step, run.tokens, run.seconds, loss))
     chosen = settings.model_dump(mode="json", exclude_none=True)
-    return Outcome(name, settings.seed, chosen, sum(p.numel() for p in run.model.parameters()), seen)
+    return Outcome(name, settings.seed, chosen, sum(p.numel() for p in run.model.parameters()), seen, state_of)
 
 
 @torch.no_grad()
@@ -128,14 +142,18 @@ def held_out(run: Run, every: int = 1) -> float:
 
 
 def seconds_in_turns(runs: Sequence[Run], rounds: int, steps: int) -> list[float]:
-    """Median seconds a step of each run, taken in turns, so that a busy machine is as busy for all."""
+    """Median seconds a step of each run, taken in turns, so that a busy machine is as busy for all.
+
+    On one thread they are the processor's, which waiting for a busy core doesn't add to.
+    """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     taken: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds + 1):
         for times, run in zip(taken, runs, strict=True):
             module = torch.compile(run.module, dynamic=False) if run.decisions.compile else run.module
-            start = time.perf_counter()
+            start = clock()
             for _ in range(steps):
                 take_step(run, module, 0.1)
                 run.step += 1
-            times.append((time.perf_counter() - start) / steps)
+            times.append((clock() - start) / steps)
     return [float(np.median(times[1:])) for times in taken]  # the first round warms up

@@ -2,7 +2,8 @@
 
     python -m benchmarks.learning.sweeps [--seeds 0 1] [--steps 125] [--names NAME …]
 
-What `thinker/train/recipes.py` chooses is argued from these. Differences within the spread of seeds say nothing.
+What `thinker/train/recipes.py` chooses is argued from these. Differences within the spread of seeds say nothing. Where
+text is short, the loss is measured twelve times, and what an early stop of any patience had come to is read from there.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from thinker.train.held_out import LOOKS
 
 from .nanogpt import characters, ours
 from .runs import Text, train
@@ -37,11 +40,20 @@ CHANGES: dict[str, dict[str, Any]] = {
     "6 rows": {"batch_size": 6},
     "48 rows": {"batch_size": 48},
     "ramp of a third": {"ramp": 1 / 3},
+    "12 rows, lr 0.006": {"batch_size": 12, "lr": 6e-3},
+    "12 rows, lr 0.01": {"batch_size": 12, "lr": 1e-2},
+    "12 rows, lr 0.02": {"batch_size": 12, "lr": 2e-2},
+    "12 rows, lr 0.006, muon_lr 0.015": {"batch_size": 12, "lr": 6e-3, "muon_lr": 1.5e-2},
+    "12 rows, lr 0.02, muon_lr 0.015": {"batch_size": 12, "lr": 2e-2, "muon_lr": 1.5e-2},
+    "12 rows, lr 0.006, wsd": {"batch_size": 12, "lr": 6e-3, "schedule": "wsd"},
+    "12 rows, lr 0.006, wsd, cooldown 0.4": {"batch_size": 12, "lr": 6e-3, "schedule": "wsd", "cooldown": 0.4},
 }
 # Epochs over a beginning of the text, each with these dropouts.
 REPEATED = {
-    f"{epochs} epochs, dropout {dropout:g}": (epochs, dropout) for epochs in (3, 12) for dropout in (0, 0.1, 0.2)
+    f"{epochs} epochs, dropout {dropout:g}": (epochs, dropout) for epochs in (3, 12, 40) for dropout in (0, 0.1, 0.2)
 }
+MEASURED = 20_000  # held-out characters of each of their looks
+PATIENCE = (1, 2, 4)  # looks without a better one that a run of the above waits before it ends
 
 
 def main() -> None:
@@ -59,11 +71,14 @@ def main() -> None:
             key = {"name": name, "seed": seed, "steps_of_24": options.steps}
             if any(all(one[part] == value for part, value in key.items()) for one in results):
                 continue
-            done = train(variant(text, seed, options.steps, name), name)
-            results.append(key | {"loss": done.loss, "settings": done.settings, "seconds": done.looks[-1].seconds})
+            looks = LOOKS if name in REPEATED else 1
+            done = train(variant(text, seed, options.steps, name), name, looks, sparse=1)
+            row = {"loss": done.loss, "settings": done.settings, "seconds": done.looks[-1].seconds}
+            results.append(key | row | {"looks": [look.loss for look in done.looks]})
             print(f"{name}, seed {seed}: {done.loss:.4f} in {done.looks[-1].seconds:.0f} s", flush=True)
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
+    print(stops(results))
 
 
 def variant(text: Text, seed: int, steps: int, name: str) -> Any:
@@ -71,7 +86,7 @@ def variant(text: Text, seed: int, steps: int, name: str) -> Any:
     if name in REPEATED:
         epochs, dropout = REPEATED[name]
         size = steps * ROWS * 64 // epochs
-        return ours(Text(text.train[:size], text.valid), seed, steps, compiled=False, dropout=dropout)
+        return ours(Text(text.train[:size], text.valid[:MEASURED]), seed, steps, compiled=False, dropout=dropout)
     changes = dict(CHANGES[name])
     steps = steps * ROWS // changes.get("batch_size", ROWS)
     if "ramp" in changes:
@@ -87,17 +102,46 @@ def table(results: list[dict[str, Any]]) -> str:
     lines = ["| changed | characters | seeds | validation loss | against the recipe |", "|---|---|---|---|---|"]
     for steps in sorted({one["steps_of_24"] for one in results}):
         of_steps = [one for one in results if one["steps_of_24"] == steps]
-        base = np.mean([one["loss"] for one in of_steps if one["name"] == "the recipe"] or [np.nan])
+        recipe = [one["loss"] for one in of_steps if one["name"] == "the recipe"]
         for name in [*CHANGES, *REPEATED]:
             losses = np.array([one["loss"] for one in of_steps if one["name"] == name])
             if not len(losses):
                 continue
             spread = f" ({losses.min():.3f} to {losses.max():.3f})" if len(losses) > 1 else ""
-            against = "" if name in REPEATED or name == "the recipe" else f"{losses.mean() - base:+.3f}"
+            compared = recipe and name not in REPEATED and name != "the recipe"
+            against = f"{losses.mean() - np.mean(recipe):+.3f}" if compared else ""
             lines.append(
                 f"| {name} | {steps * ROWS * 64:,} | {len(losses)} | {losses.mean():.3f}{spread} | {against} |"
             )
     return "\n".join(lines)
+
+
+def stops(results: list[dict[str, Any]]) -> str:
+    """Markdown: the best loss and the share of the run until it ends, for each patience and without."""
+    waits = [*PATIENCE, LOOKS]
+    lines = [
+        "| repeated text | seeds | last look | " + " | ".join(f"patience {wait}" for wait in PATIENCE) + " | no stop |",
+        "|---|---|---|" + "---|" * len(waits),
+    ]
+    for name in REPEATED:
+        curves = [one["looks"] for one in results if one["name"] == name and len(one.get("looks", ())) == LOOKS]
+        if curves:
+            ended = [np.mean([stopped(looks, wait) for looks in curves], axis=0) for wait in waits]
+            cells = (f"{best:.3f} after {share:.0%}" for best, share in ended)
+            last = np.mean([looks[-1] for looks in curves])
+            lines.append(f"| {name} | {len(curves)} | {last:.3f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def stopped(looks: list[float], patience: int) -> tuple[float, float]:
+    """The best loss before a run ends that waits so many looks for a better one, and the share of it that it takes."""
+    best = 0
+    for i, loss in enumerate(looks):
+        if loss < looks[best]:
+            best = i
+        if i - best >= patience:
+            break
+    return looks[best], (i + 1) / len(looks)
 
 
 if __name__ == "__main__":
