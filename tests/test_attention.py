@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from thinker import attention
-from thinker.attention import QUERY_BLOCK, attend, blocked_causal, plain
+from thinker.attention import QUERY_BLOCK, attend, blocked_causal, masked, plain
 from thinker.config import ThinkerConfig
 from thinker.model import Attention, ThinkerLM
 
@@ -98,6 +98,38 @@ def test_blocks_serve_training_only(monkeypatch: pytest.MonkeyPatch) -> None:
         with torch.no_grad():
             attend(*(x.detach() for x in tensors), causal=True)
     assert lengths == [QUERY_BLOCK + 1]
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("with_mask", [True, False])
+def test_short_rows_as_plain_products(heads: tuple[int, int], with_mask: bool) -> None:
+    """Catches heads paired with other groups, a mask that reaches other rows, a gradient through what is hidden."""
+    tensors = draw(heads, 9, 9)
+    visible = torch.rand(2, 1, 9, 9, generator=torch.Generator().manual_seed(5)) < 0.5
+    visible |= torch.eye(9, dtype=torch.bool)
+    mask = visible if with_mask else None
+    wanted = outcome(lambda q, k, v: plain(q, k, v, mask)[0], tensors)
+    for got, want in zip(outcome(lambda q, k, v: masked(q, k, v, mask), tensors), wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+def test_short_rows_are_products_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the fast path never being taken, or taken where the fused kernel is faster."""
+    taken = []
+
+    def recorded(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+        taken.append((q.dtype, q.shape[2]))
+        return masked(q, k, v, visible)
+
+    monkeypatch.setattr(attention, "masked", recorded)
+    for dtype in (torch.float32, torch.bfloat16):
+        for length in (QUERY_BLOCK, QUERY_BLOCK + 1):
+            tensors = draw((2, 2), length, length, dtype)
+            attend(*tensors)
+            attend(*tensors, torch.ones(length, length, dtype=torch.bool).tril())
+            attend(*tensors, causal=True)
+            attend(*(x.detach() for x in tensors))
+    assert taken == [(torch.bfloat16, QUERY_BLOCK)] * 2
 
 
 @torch.no_grad()
