@@ -74,12 +74,14 @@ def test_blocks_in_lower_precision(dtype: torch.dtype) -> None:
     tensors = draw((4, 2), 300, 300, dtype)
     exact = tuple(x.detach().double().requires_grad_() for x in tensors)
     wanted = outcome(lambda q, k, v: plain(q, k, v, causal=True)[0], exact)
-    got = outcome(blocked_causal, tensors)
-    assert got[0].dtype == dtype
-    # Scores reach some 30, so their rounding alone, by half of eps, changes a weight by as much as 15 eps.
-    tolerance = 15 * torch.finfo(dtype).eps
-    for one, other in zip(got, wanted, strict=True):
-        assert float((one.double() - other).norm() / other.norm()) < tolerance
+    past = torch.ones(300, 300, dtype=torch.bool).tril()
+    for form in (blocked_causal, lambda q, k, v: masked(q, k, v, past)):
+        got = outcome(form, tensors)
+        assert got[0].dtype == dtype
+        # Scores reach some 30, so their rounding alone, by half of eps, changes a weight by as much as 15 eps.
+        tolerance = 15 * torch.finfo(dtype).eps
+        for one, other in zip(got, wanted, strict=True):
+            assert float((one.double() - other).norm() / other.norm()) < tolerance
 
 
 def test_blocks_serve_training_only(monkeypatch: pytest.MonkeyPatch) -> None:

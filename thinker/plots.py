@@ -111,7 +111,8 @@ def _show(axes: Axes, shown: Shown) -> None:
         axes.imshow(shown.values.T, origin="lower", cmap="gray_r", aspect="auto", extent=extent)
     else:
         axes.imshow(shown.values, cmap="gray", vmin=0, vmax=255, extent=extent, aspect="auto")
-    weights = np.atleast_2d(shown.attention) / max(float(shown.attention.max()), 1e-12)
+    least, most = float(shown.attention.min()), float(shown.attention.max())
+    weights = (np.atleast_2d(shown.attention) - least) / max(most - least, 1e-12)
     veil = np.zeros((*weights.shape, 4))
     veil[..., 0], veil[..., 3] = 0.85, 0.6 * weights
     axes.imshow(veil, origin="upper", extent=extent, aspect="auto", interpolation="nearest")
