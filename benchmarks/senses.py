@@ -124,7 +124,7 @@ def joint(seed: int, steps: int) -> Values:
 
 def speaker(name: str, steps: int) -> Values:
     """A model that never heard one speaker."""
-    steps, data = steps // 3, f"fsdd:{name}"
+    steps, data = steps // 5, f"fsdd:{name}"
     arguments = [*HOW, *ARCHITECTURE, "--muon-lr", "0.02", "--data", data, "--steps", str(steps)]
     folder, seconds = trained(f"speaker-{name}", arguments)
     return {"fsdd": asked(folder, [data])[data], "seconds": seconds, "steps": steps}
@@ -132,7 +132,7 @@ def speaker(name: str, steps: int) -> Values:
 
 def ablation(name: str, senses: Values, steps: int, init: Path | None = None) -> Values:
     """Digits alone, with another projector, or another share that is trained."""
-    steps //= 5
+    steps //= 7
     RUNS.mkdir(parents=True, exist_ok=True)
     file = RUNS / f"{name}.json"
     file.write_text(json.dumps({"image": {}} | senses), encoding="utf-8")
@@ -144,7 +144,7 @@ def ablation(name: str, senses: Values, steps: int, init: Path | None = None) ->
 
 def text_model(steps: int) -> Path:
     """A small model of text alone; made once for all parts that begin with it."""
-    arguments = [*TEXT_MODEL, "--steps", str(steps * 7 // 15), "--batch-size", "16", "--validate-every", "100000"]
+    arguments = [*TEXT_MODEL, "--steps", str(steps // 3), "--batch-size", "16", "--validate-every", "100000"]
     return trained("text-before", arguments)[0]
 
 
@@ -155,7 +155,7 @@ def bits_per_byte(folder: Path) -> float:
 
 def text(steps: int) -> Values:
     """A text model that learns to see and hear, with text in half of each batch: what that does to its text."""
-    before, steps_after = text_model(steps), steps // 3
+    before, steps_after = text_model(steps), steps // 4
     arguments = [*HOW, "--init", str(before), "--data", *SETS[:2], "--text", "stdlib", "--steps", str(steps_after)]
     folder, seconds = trained("text-after", [*arguments, "--lr", "0.001", "--muon-lr", "0.005"])
     was, became = bits_per_byte(before), bits_per_byte(folder)

@@ -22,7 +22,7 @@ SMALL = ["--d-model", "128", "--n-layers", "3", "--d-ff", "256", "--ctx-len", "1
 HOW = ["--chat", "--batch-size", "16", "--muon-lr", "0.02", "--beta2", "0.95", "--early-stop", "0"]
 
 
-def main(out: Path = Path("runs/senses"), steps: int = 600) -> int:
+def main(out: Path = Path("runs/senses"), steps: int = 750) -> int:
     """Train, and say what to try next."""
     data = ["digits", "fsdd", "digit-sums"]
     try:
