@@ -208,8 +208,9 @@ def main() -> None:
             continue
         record[name] = measure() | {"version": thinker.__version__}
         RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        REPORT.write_text(report(record), encoding="utf-8")
         print(name, json.dumps(record[name]))
+        REPORT.write_text(report(record), encoding="utf-8")
+    REPORT.write_text(report(record), encoding="utf-8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +260,8 @@ def report(record: dict[str, Values]) -> str:
             "| processor seconds of training | | " + " | ".join(f"{run['seconds']:.0f}" for run in runs) + " |",
             "",
             f"Whoever knows one of the two digits and guesses best is right in {one['best_with_one_alone']:.1%} of "
-            f"digit-sums, whoever knows none in {one['best_with_none']:.1%}.",
+            f"digit-sums, whoever knows none in {one['best_with_none']:.1%}. Of what was put in, one in ten is of the same "
+            "digit by chance: that much must remain.",
             "",
         ]
     heard = {name: values for name, values in record.items() if name.startswith("speaker")}
