@@ -235,7 +235,7 @@ def report(record: dict[str, Values]) -> str:
         "# What a model sees and hears",
         "",
         "Exact match of the generated text on held-out data; `python -m benchmarks.senses` measures it again, "
-        f"`senses.json` has every figure. Seconds are of one core ({platform.machine()}), training alone.",
+        f"`senses.json` has every figure. Seconds are one core's ({platform.machine()}), of all of `thinker train`.",
         "",
     ]
     runs = [values for name, values in record.items() if name.startswith("joint")]
@@ -257,11 +257,11 @@ def report(record: dict[str, Values]) -> str:
             lines.append(f"| digit-sums with {what} put in | | {cells} |")
         one = runs[0]
         lines += [
-            "| processor seconds of training | | " + " | ".join(f"{run['seconds']:.0f}" for run in runs) + " |",
+            "| processor seconds | | " + " | ".join(f"{run['seconds']:.0f}" for run in runs) + " |",
             "",
             f"Whoever knows one of the two digits and guesses best is right in {one['best_with_one_alone']:.1%} of "
-            f"digit-sums, whoever knows none in {one['best_with_none']:.1%}. Of what was put in, one in ten is of the same "
-            "digit by chance: that much must remain.",
+            f"digit-sums, whoever knows none in {one['best_with_none']:.1%}. One in ten of the pictures and recordings "
+            "put in is of the same digit by chance: that much must remain.",
             "",
         ]
     heard = {name: values for name, values in record.items() if name.startswith("speaker")}
