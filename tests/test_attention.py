@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from thinker import attention
-from thinker.attention import QUERY_BLOCK, attend, blocked_causal, plain
+from thinker.attention import QUERY_BLOCK, attend, blocked_causal, masked, plain
 from thinker.config import ThinkerConfig
 from thinker.model import Attention, ThinkerLM
 
@@ -74,12 +74,14 @@ def test_blocks_in_lower_precision(dtype: torch.dtype) -> None:
     tensors = draw((4, 2), 300, 300, dtype)
     exact = tuple(x.detach().double().requires_grad_() for x in tensors)
     wanted = outcome(lambda q, k, v: plain(q, k, v, causal=True)[0], exact)
-    got = outcome(blocked_causal, tensors)
-    assert got[0].dtype == dtype
-    # Scores reach some 30, so their rounding alone, by half of eps, changes a weight by as much as 15 eps.
-    tolerance = 15 * torch.finfo(dtype).eps
-    for one, other in zip(got, wanted, strict=True):
-        assert float((one.double() - other).norm() / other.norm()) < tolerance
+    past = torch.ones(300, 300, dtype=torch.bool).tril()
+    for form in (blocked_causal, lambda q, k, v: masked(q, k, v, past)):
+        got = outcome(form, tensors)
+        assert got[0].dtype == dtype
+        # Scores reach some 30, so their rounding alone, by half of eps, changes a weight by as much as 15 eps.
+        tolerance = 15 * torch.finfo(dtype).eps
+        for one, other in zip(got, wanted, strict=True):
+            assert float((one.double() - other).norm() / other.norm()) < tolerance
 
 
 def test_blocks_serve_training_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +100,38 @@ def test_blocks_serve_training_only(monkeypatch: pytest.MonkeyPatch) -> None:
         with torch.no_grad():
             attend(*(x.detach() for x in tensors), causal=True)
     assert lengths == [QUERY_BLOCK + 1]
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("with_mask", [True, False])
+def test_short_rows_as_plain_products(heads: tuple[int, int], with_mask: bool) -> None:
+    """Catches heads paired with other groups, a mask that reaches other rows, a gradient through what is hidden."""
+    tensors = draw(heads, 9, 9)
+    visible = torch.rand(2, 1, 9, 9, generator=torch.Generator().manual_seed(5)) < 0.5
+    visible |= torch.eye(9, dtype=torch.bool)
+    mask = visible if with_mask else None
+    wanted = outcome(lambda q, k, v: plain(q, k, v, mask)[0], tensors)
+    for got, want in zip(outcome(lambda q, k, v: masked(q, k, v, mask), tensors), wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+def test_short_rows_are_products_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the fast path never being taken, or taken where the fused kernel is faster."""
+    taken = []
+
+    def recorded(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+        taken.append((q.dtype, q.shape[2]))
+        return masked(q, k, v, visible)
+
+    monkeypatch.setattr(attention, "masked", recorded)
+    for dtype in (torch.float32, torch.bfloat16):
+        for length in (QUERY_BLOCK, QUERY_BLOCK + 1):
+            tensors = draw((2, 2), length, length, dtype)
+            attend(*tensors)
+            attend(*tensors, torch.ones(length, length, dtype=torch.bool).tril())
+            attend(*tensors, causal=True)
+            attend(*(x.detach() for x in tensors))
+    assert taken == [(torch.bfloat16, QUERY_BLOCK)] * 2
 
 
 @torch.no_grad()

@@ -144,7 +144,7 @@ def test_the_demo_without_recordings_reads_alone(
         raise ValueError("fsdd: the download failed")
 
     monkeypatch.setattr(demo, "recordings", nowhere)
-    assert demo.main(tmp_path / "out", reading_steps=3) == 0
+    assert demo.main(tmp_path / "out", steps=6) == 0
     said = capsys.readouterr().err
     assert "No recordings, so it learns to read alone. fsdd: the download failed" in said
     assert (tmp_path / "out" / "answers.png").stat().st_size > 10_000

@@ -12,7 +12,7 @@ from conftest import randomise
 from thinker.modality.audio import SoundEncoder
 from thinker.modality.augment import DRAWS, changed_pictures, changed_sounds
 from thinker.modality.projector import Projector
-from thinker.modality.senses import Senses, copy_tensors, take_over
+from thinker.modality.senses import HEARD_AT_ONCE, Senses, alike, copy_tensors, take_over
 from thinker.modality.settings import PictureConfig, ProjectorConfig, SensesConfig, SoundConfig
 from thinker.modality.vision import PictureEncoder
 from thinker.model import Block
@@ -79,12 +79,18 @@ def test_a_recording_gives_the_same_alone_and_beside_longer_ones():
 
 
 def test_media_of_a_batch_come_one_after_the_other():
-    """Catches features of two recordings mixed when their lengths differ."""
+    """Catches features, or changes, of two recordings mixed when they are encoded in groups of like length."""
     sense = randomise(senses().double()).of("audio")
-    media = [RNG.normal(size=(length, 10)).astype(np.float32) for length in (9, 4, 21)]
+    lengths = RNG.integers(1, 90, size=2 * HEARD_AT_ONCE + 3).tolist()
+    media = [RNG.normal(size=(length, 10)).astype(np.float32) for length in lengths]
+    assert sorted(i for some in alike(media) for i in some) == list(range(len(media)))
+    drawn = RNG.random((len(media), DRAWS), dtype=np.float32)
     with torch.no_grad():
         whole = sense(media)
         torch.testing.assert_close(whole, torch.cat([sense([one]) for one in media]), rtol=0, atol=1e-6)
+        alone = [sense([one], draws[None]) for one, draws in zip(media, drawn, strict=True)]
+        # Where a frame falls between two is rounded by the batch's length.
+        torch.testing.assert_close(sense(media, drawn), torch.cat(alone), rtol=1e-3, atol=1e-3)
 
 
 def test_sizes_that_do_not_fit_are_refused_with_both_numbers():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,10 @@ from thinker.checkpoint.publish import Publication, write_view
 from thinker.commands import encode, eval, export, generate, parse
 from thinker.commands.conversation import Conversation
 from thinker.data.chats import open_chats
-from thinker.data.digits import DIGIT_SETS, SPEAKERS, pictures
+from thinker.data.digits import DIGIT_SETS, SPEAKERS, answer_to, facts, pictures
 from thinker.formats import Modality
 from thinker.llm import LLM
+from thinker.loss import NextTokenLoss
 from thinker.modality.senses import Senses
 from thinker.modality.settings import SensesConfig
 from thinker.train import loop
@@ -471,12 +473,39 @@ def test_spoken_digits_and_sums():
         shown = int(next(p["image"] for p in media if p["type"] == "image")[-5])
         spoken = int(Path(next(p["audio"] for p in media if p["type"] == "audio")).name[0])
         right = {
-            "sum?": f"{shown} + {spoken} = {shown + spoken}",
-            "same?": f"{shown}, {spoken}: " + ("yes" if shown == spoken else "no"),
-            "larger?": f"{shown}, {spoken}: "
+            "sum?": f"{shown}+{spoken}={shown + spoken}",
+            "same?": f"{shown},{spoken}: " + ("yes" if shown == spoken else "no"),
+            "larger?": f"{shown},{spoken}: "
             + ("neither" if shown == spoken else "the picture" if shown > spoken else "the sound"),
         }[question]
         assert conversation.messages[1]["content"] == right
         sides[side] |= {p[p["type"]] for p in media}
     assert not sides["train"] & sides["valid"]
     assert set(DIGIT_SETS) == {"digits", "fsdd", "digit-sums", *(f"fsdd:{speaker}" for speaker in SPEAKERS)}
+
+
+def test_a_digit_is_the_same_token_wherever_it_stands():
+    """Catches answers whose two digits are different tokens, by a space: that they are the same is hardly learned."""
+    answers = [answer_to(question, shown, spoken) for shown, spoken, question in facts()]
+    tokenizer = Tokenizer.train(answers * 4, 400)
+    for answer in answers:
+        tokens = [tokenizer.decode([token]) for token in tokenizer.encode(answer)]
+        first, second = re.findall(r"\d+", answer)[:2]
+        assert tokens[0] == first
+        assert tokens[2] == second
+    same = [answer for answer in answers if answer.endswith(("yes", "no"))]
+    assert 0.3 < sum(answer.endswith("yes") for answer in same) / len(same) < 0.7
+
+
+def test_only_what_is_asked_has_logits(data, tmp_path):
+    """Catches a loss over another choice of places than the model's own, or hidden states paired with other targets."""
+    run = begin(CONFIG, settings(data, tmp_path / "run"), set(), lambda line: None)
+    randomise(run.model).eval()
+    run.senses.eval()
+    batch = [torch.from_numpy(part) for part in run.batches.batch(1)]
+    tokens, targets, segments, media, numbers = batch
+    with torch.no_grad():
+        got = run.module(*batch)
+        whole = NextTokenLoss(run.model)(None, targets, segments, embeddings=run.module.embed(tokens, media, numbers))
+    assert got.tokens == whole.tokens
+    torch.testing.assert_close(got.total, whole.total, rtol=1e-6, atol=0)

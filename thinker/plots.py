@@ -73,7 +73,7 @@ class Example:
 
 
 def answered(path: Path, examples: Sequence[Example]) -> None:
-    """Examples with the model's answers as `path`: a column each, and in red what it attended to before it answered."""
+    """Examples with the model's answers as `path`: a column each, and in red what it attended to as it answered."""
     from matplotlib.figure import Figure
 
     tallest = max(len(example.media) for example in examples)
@@ -88,12 +88,18 @@ def answered(path: Path, examples: Sequence[Example]) -> None:
                 axes.set_visible(False)
                 continue
             _show(axes, example.media[row])
+            axes.set_title("recording, pitch over time" if example.media[row].is_sound else "picture", fontsize=8)
         exact = example.said.strip() == example.right.strip()
         about = "" if exact else f"\n(right: {example.right})"
-        grid[0, column].set_title(f"{example.question}\n", fontsize=10, color=INK)
         last = grid[len(example.media) - 1, column]
-        last.set_xlabel(f"{example.said}{about}", fontsize=13, color="#2c7a3f" if exact else HELD_OUT)
-    figure.suptitle("held out: question, what it saw and heard, its answer; red is what it attended to", fontsize=10)
+        last.set_xlabel(
+            f"{example.question}\n{example.said}{about}", fontsize=12, color="#2c7a3f" if exact else HELD_OUT
+        )
+    figure.suptitle(
+        "Never seen nor heard in training: what it was given, the question, its answer. Red: what it attended to as it "
+        "answered.",
+        fontsize=11,
+    )
     figure.savefig(path)
 
 
@@ -105,7 +111,8 @@ def _show(axes: Axes, shown: Shown) -> None:
         axes.imshow(shown.values.T, origin="lower", cmap="gray_r", aspect="auto", extent=extent)
     else:
         axes.imshow(shown.values, cmap="gray", vmin=0, vmax=255, extent=extent, aspect="auto")
-    weights = np.atleast_2d(shown.attention) / max(float(shown.attention.max()), 1e-12)
+    least, most = float(shown.attention.min()), float(shown.attention.max())
+    weights = (np.atleast_2d(shown.attention) - least) / max(most - least, 1e-12)
     veil = np.zeros((*weights.shape, 4))
     veil[..., 0], veil[..., 3] = 0.85, 0.6 * weights
     axes.imshow(veil, origin="upper", extent=extent, aspect="auto", interpolation="nearest")

@@ -27,7 +27,7 @@ from . import store
 from .progress import byte_bar
 from .split import Split
 
-VERSION = 3  # part of every fingerprint: raise it when other conversations are made
+VERSION = 4  # part of every fingerprint: raise it when other conversations are made
 SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SUMS: dict[Split, int] = {"train": 4_000, "valid": 600}
@@ -181,7 +181,7 @@ class DigitSet:
         is right about two digits is learned sooner from lines that say which they are.
         """
         for number, (shown_digit, spoken_digit, question) in enumerate(facts() * FACTS):
-            content = [_text(f"{shown_digit} {spoken_digit} {question}")]
+            content = [_text(f"{shown_digit},{spoken_digit} {question}")]
             answer = answer_to(question, shown_digit, spoken_digit)
             yield "train", f"{self.name}, fact {number}", _exchange(content, answer)
         seen, heard = pictures(), recordings()
@@ -204,23 +204,24 @@ class DigitSet:
 
 
 def facts() -> list[tuple[int, int, str]]:
-    """Every two digits with every question; those that are the same more often, where that is asked."""
+    """Every two digits with every question; those that are the same more often, where the answer turns on that."""
     pairs = [(shown, spoken, question) for shown in range(10) for spoken in range(10) for question in QUESTIONS]
-    return pairs + [(digit, digit, "same?") for digit in range(10)] * 4
+    return pairs + [(digit, digit, question) for digit in range(10) for question in ("same?", "larger?")] * 4
 
 
 def answer_to(question: str, shown: int, spoken: int) -> str:
     """What is right about a picture of one digit and a recording of another: both named, then what was asked.
 
-    "6 + 5 = 11", "6, 5: no", "6, 5: the picture". A small model learns to add digits that it has written down, as it
-    learns any text, far sooner than digits that stand nowhere (arXiv 2112.00114).
+    "6+5=11", "6,5: no", "6,5: the picture". A small model learns to add digits that it has written down, as it learns
+    any text, far sooner than digits that stand nowhere (arXiv 2112.00114). No space before a digit: a tokenizer would
+    make it another token there, and whether two are the same is hardly learned of tokens that never are.
     """
     if question == "sum?":
-        return f"{shown} + {spoken} = {shown + spoken}"
+        return f"{shown}+{spoken}={shown + spoken}"
     if question == "same?":
-        return f"{shown}, {spoken}: {'yes' if shown == spoken else 'no'}"
+        return f"{shown},{spoken}: {'yes' if shown == spoken else 'no'}"
     assert question == "larger?", question
-    return f"{shown}, {spoken}: " + ("neither" if shown == spoken else "the picture" if shown > spoken else "the sound")
+    return f"{shown},{spoken}: " + ("neither" if shown == spoken else "the picture" if shown > spoken else "the sound")
 
 
 def _text(text: str) -> Part:

@@ -19,6 +19,8 @@ from .projector import Projector
 from .settings import FeatureConfig, Kind, PictureConfig, SensesConfig, SoundConfig
 from .vision import PictureEncoder
 
+HEARD_AT_ONCE = 16  # recordings
+
 
 class Sense(nn.Module):
     """One encoder, None where features come from elsewhere, and its projector."""
@@ -49,19 +51,35 @@ class Sense(nn.Module):
                 pixels = changed_pictures(pixels, torch.from_numpy(draws))
             return self.encoder(pixels.to(device)).flatten(0, 1)
         if isinstance(self.encoder, SoundEncoder):
-            lengths = torch.tensor([len(one) for one in media])
-            frames = torch.zeros(len(media), int(lengths.max()), media[0].shape[1])
-            for row, one in enumerate(media):
-                frames[row, : len(one)] = torch.from_numpy(np.array(one))
-            if draws is not None and self.encoder.config.augment:
-                frames = changed_sounds(frames, lengths, torch.from_numpy(draws))
-            features, real = self.encoder(frames.to(device), lengths.to(device))
-            return features[real]
+            features: list[Tensor] = [torch.empty(0)] * len(media)
+            for some in alike(media):
+                chosen = draws[some] if draws is not None else None
+                for i, one in zip(some, self._heard(self.encoder, [media[i] for i in some], chosen), strict=True):
+                    features[i] = one
+            return torch.cat(features)
         return torch.from_numpy(np.concatenate(media)).to(device)
+
+    def _heard(self, encoder: SoundEncoder, media: Sequence[np.ndarray], draws: np.ndarray | None) -> list[Tensor]:
+        """The features of each recording."""
+        device = self.projector.out.weight.device
+        lengths = torch.tensor([len(one) for one in media])
+        frames = torch.zeros(len(media), int(lengths.max()), media[0].shape[1])
+        for row, one in enumerate(media):
+            frames[row, : len(one)] = torch.from_numpy(np.array(one))
+        if draws is not None and encoder.config.augment:
+            frames = changed_sounds(frames, lengths, torch.from_numpy(draws))
+        features, real = encoder(frames.to(device), lengths.to(device))
+        return list(features[real].split(real.sum(dim=1).tolist()))
 
     def forward(self, media: Sequence[np.ndarray], draws: np.ndarray | None = None) -> Tensor:
         """Prepared media to embeddings (N, D), in order."""
         return self.projector(self.encode(media, draws))
+
+
+def alike(media: Sequence[np.ndarray]) -> list[list[int]]:
+    """Which recordings go through the encoder together: those of like length, so that little of it is padding."""
+    order = sorted(range(len(media)), key=lambda i: len(media[i]))
+    return [order[start : start + HEARD_AT_ONCE] for start in range(0, len(order), HEARD_AT_ONCE)]
 
 
 class Senses(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..data.chats import Skipped, open_chats
 from ..data.media_shards import MediaShards
-from ..loss import LossParts, NextTokenLoss
+from ..loss import IGNORE, LossParts, balance_loss, check_targets, cross_entropy_sum
 from ..modality.augment import DRAWS
 from ..modality.senses import Senses
 from ..modality.sequence import splice
@@ -33,7 +33,6 @@ class SplicedLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.senses = model, senses
-        self.next_token = NextTokenLoss(model)
         self._media, self._placeholders, self._seed = media, placeholders, seed
 
     def forward(self, tokens: Tensor, targets: Tensor, segments: Tensor, media: Tensor, numbers: Tensor) -> LossParts:
@@ -41,8 +40,16 @@ class SplicedLoss(nn.Module):
 
         Other than that as `NextTokenLoss`.
         """
-        embeddings = self.embed(tokens, media, numbers)
-        return self.next_token(None, targets, segments, embeddings=embeddings)
+        hidden, router_logits = self.model.features(
+            embeddings=self.embed(tokens, media, numbers), segments=segments, return_router=True
+        )
+        assert isinstance(hidden, Tensor)
+        check_targets(targets, hidden, self.model.config.vocab_size)
+        # Of a row full of pictures and sounds a fifth is asked: the rest needs no logits.
+        asked = targets != IGNORE
+        total = cross_entropy_sum(hidden[asked], self.model.head.weight, targets[asked])
+        balance = balance_loss(tuple(router_logits), segments != 0, self.model.config.num_experts_per_tok)
+        return LossParts(total, asked.sum(), balance.to(total.device))
 
     def embed(self, tokens: Tensor, media: Tensor, numbers: Tensor | None = None) -> Tensor:
         """Tokens (B, T) as embeddings (B, T, D), with what the senses make of the media in their places."""

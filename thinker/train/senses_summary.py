@@ -61,10 +61,13 @@ def spread(items: Sequence[Any], count: int) -> list[Any]:
 
 
 def example_of(llm: LLM, answer: Answer) -> Example:
-    """An answer with what its first token was drawn from: attention, mean over layers and heads."""
+    """An answer with what its tokens were drawn from: attention, mean over them, layers and heads."""
     embeddings, stands_for = llm.reader.prompt(answer.asked)
-    traced = trace(llm.model, embeddings=torch.from_numpy(embeddings)[None].to(llm.model.tok_emb.weight))
-    seen = torch.stack([layer[0, :, -1].mean(dim=0) for layer in traced.attention]).mean(dim=0)  # (T,)
+    table = llm.model.tok_emb.weight
+    said = table[llm.tokenizer.encode(answer.said)]
+    traced = trace(llm.model, embeddings=torch.cat([torch.from_numpy(embeddings).to(table), said])[None])
+    T = len(embeddings)
+    seen = torch.stack([layer[0, :, T - 1 :, :T].mean(dim=(0, 1)) for layer in traced.attention]).mean(dim=0)  # (T,)
     places = np.flatnonzero(np.array(stands_for) < 0)
     parts = [part for message in answer.asked for part in media_parts(message["content"])]
     shown, start = [], 0
