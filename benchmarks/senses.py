@@ -124,7 +124,7 @@ def joint(seed: int, steps: int) -> Values:
 
 def speaker(name: str, steps: int) -> Values:
     """A model that never heard one speaker."""
-    steps, data = steps // 5, f"fsdd:{name}"
+    steps, data = steps * 2 // 5, f"fsdd:{name}"
     arguments = [*HOW, *ARCHITECTURE, "--muon-lr", "0.02", "--data", data, "--steps", str(steps)]
     folder, seconds = trained(f"speaker-{name}", arguments)
     return {"fsdd": asked(folder, [data])[data], "seconds": seconds, "steps": steps}
