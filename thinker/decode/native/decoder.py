@@ -45,7 +45,7 @@ class NativeTrace:
 class NativeDecoder(Decoder):
     """A model of any supported architecture in float32 or INT8 with Q8_0's numbers, up to 64 slots, on this processor.
 
-    Keys and values are float32, in INT8 float16, which the loss doesn't notice and memory does: half of it to read.
+    Keys and values are float32, beside INT8 weights float16: half as much to read, which many streams wait for.
     `threads` None measures which number is fastest. Raises `ValueError` for what can't be had.
     """
 

@@ -157,8 +157,8 @@ def lay_out(config: ThinkerConfig, quantised: bool, threads: int) -> tuple[np.nd
     s["step_layer_floats"], s["at_layer_floats"] = layer.size, floats.take(config.n_layers * layer.size)
 
     # Caches: keys (slot, layer, group, position / 32, width, position % 32), since scores are a product whose outputs
-    # are positions; values (slot, layer, group, dimension / 32, position, dimension % 32). Both
-    # are float16 beside weights in INT8: with many streams most of what a step reads is theirs.
+    # are positions; values (slot, layer, group, dimension / 32, position, dimension % 32).
+    # Both are float16 beside weights in INT8: with many streams most of what a step reads is theirs.
     s["step_head_cache"] = int(s["capacity"]) * head_width
     s["step_layer_cache"] = G * int(s["step_head_cache"])
     s["step_slot"] = config.n_layers * int(s["step_layer_cache"])
