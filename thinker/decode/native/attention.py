@@ -12,8 +12,9 @@ from numba import njit
 
 from ...compiled.memory import floats, integers, shorts
 from .elementwise import norm, rotate, softmax, to_float16
-from .layout import CHUNK, FLOAT16, PANEL
+from .layout import CHUNK, FLOAT16, PANEL, Q8
 from .product import call
+from .rows import to_int16
 
 
 @njit(error_model="numpy", inline="always")
@@ -22,9 +23,20 @@ def share(me, threads, count):  # type: ignore[no-untyped-def]
     return count * me // threads, count * (me + 1) // threads
 
 
+@njit(error_model="numpy")
+def taken(s, own, x, x_at, x_step, rows, k):  # type: ignore[no-untyped-def]
+    """Rows as `multiply` takes them, address, place and stride: as they are, or in INT8 rounded, the thread's own."""
+    if s.kind != Q8:
+        return x, x_at, x_step
+    to = own + 4 * s.at_rounded
+    for row in range(rows):
+        to_int16(x, x_at + row * x_step, k, to, row * s.step_rounded)
+    return to, 0, s.step_rounded
+
+
 @njit(error_model="numpy", inline="always")
 def multiply(s, x, x_at, x_step, rows, w_at, w_step, panels, k, out, out_at, out_step):  # type: ignore[no-untyped-def]
-    """A product with the model's weights, in the type they have."""
+    """A product of rows that `taken` gave with the model's weights, in the type they have."""
     w, scales = s.weights, s.scales
     call(s.product, x, x_at, x_step, rows, w, w_at, w_step, panels, s.abreast, s.kind, scales, k, out, out_at, out_step)
 
@@ -50,12 +62,13 @@ def project(me, s, job, layer):  # type: ignore[no-untyped-def]
     own = s.own + me * s.step_own
     at, at_floats = s.at_layers + layer * s.step_layer, s.at_layer_floats + layer * s.step_layer_floats
     norm_rows(s, own, at_floats, 0, job.rows)
+    x, at_x, step_x = taken(s, own, own, 0, D, job.rows, D)
     head, last = share(me, job.threads, H + 2 * G)
     while head < last:
         count = min(max(CHUNK // s.head_panels, 1), last - head)
         step = count * s.head_width
         first = at + head * s.head_width * D
-        multiply(s, own, 0, D, job.rows, first, D * PANEL, count * s.head_panels, D, own, s.at_tile, step)
+        multiply(s, x, at_x, step_x, job.rows, first, D * PANEL, count * s.head_panels, D, own, s.at_tile, step)
         for row in range(job.rows):
             for i in range(count):
                 finish_head(s, own, s.at_tile + row * step + i * s.head_width, row, layer, at_floats, head + i)
@@ -165,15 +178,16 @@ def add_attention(me, s, job, layer):  # type: ignore[no-untyped-def]
     """x = x + out_proj(y), for some of its columns."""
     D, inner, tile = s.d_model, s.heads * s.width, s.at_tile
     own = s.own + me * s.step_own
+    y, at_y, step_y = taken(s, own, s.y, 0, inner, job.rows, inner)
     panel, last = share(me, job.threads, s.model_panels)
     while panel < last:
         count = min(CHUNK, last - panel)
         at = s.at_layers + layer * s.step_layer + s.at_out + panel * inner * PANEL
-        multiply(s, s.y, 0, inner, job.rows, at, inner * PANEL, count, inner, own, tile, count * PANEL)
+        multiply(s, y, at_y, step_y, job.rows, at, inner * PANEL, count, inner, own, tile, count * PANEL)
         columns = min(count * PANEL, D - panel * PANEL)
         for row in range(job.rows):
             x = floats(s.x, row * D + panel * PANEL, columns)
-            y = floats(own, tile + row * count * PANEL, columns)
+            more = floats(own, tile + row * count * PANEL, columns)
             for i in range(columns):
-                x[i] += y[i]
+                x[i] += more[i]
         panel += count

@@ -1,7 +1,7 @@
 """What happens to one row between two products: norms, rotation, activations, softmax.
 
 Plain loops without fast-math: every number is computed on its own, so LLVM may use vectors of any width and the bits
-stay the same. Sums over a row are in `product.py`.
+stay the same. Sums over a row are in `rows.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import numpy as np
 from numba import njit
 
 from .layout import ACTIVATIONS
-from .product import largest, sum_of, sum_of_squares
+from .rows import largest, sum_of, sum_of_squares
 
 SILU, GELU, RELU, RELU2 = map(ACTIVATIONS.index, ("silu", "gelu", "relu", "relu2"))
 

@@ -14,10 +14,10 @@ from numba import njit
 
 from ...compiled.memory import bytes_, floats, integers, shorts
 from .atomics import barrier
-from .attention import add_attention, attend, multiply, norm_rows, project, share
-from .layout import FLOAT32, PANEL
+from .attention import add_attention, attend, multiply, norm_rows, project, share, taken
+from .layout import BLOCK, FLOAT32, GROUP, PANEL
 from .mlp import contract, expand
-from .product import BLOCK, sum_of_squares
+from .rows import sum_of_squares
 
 
 @njit(error_model="numpy", inline="always")
@@ -54,12 +54,13 @@ def embed(me, s, job):  # type: ignore[no-untyped-def]
             for i in range(first, last):
                 x[i] = column[i * PANEL]
         else:
-            quants = bytes_(s.weights, at + token % PANEL, D * PANEL)
+            quants = bytes_(s.weights, at + token % PANEL * GROUP, D * PANEL)
             scales = shorts(s.scales, at // BLOCK + token % PANEL, D // BLOCK * PANEL)
             for i in range(first, last):
                 # float16 bits to float32: 13 bits more of mantissa, and an exponent that counts from 127 and not 15.
                 scale = np.int32(np.int32(scales[i // BLOCK * PANEL]) << 13).view(np.float32) * np.float32(2.0**112)
-                x[i] = np.float32(quants[i * PANEL]) * scale
+                weight = quants[i // GROUP * GROUP * PANEL + i % GROUP] ^ np.int8(-128)
+                x[i] = np.float32(weight) * scale
 
 
 @njit(error_model="numpy")
@@ -68,9 +69,10 @@ def head(me, s, job):  # type: ignore[no-untyped-def]
     D, row = s.d_model, job.logits_from
     own = s.own + me * s.step_own
     norm_rows(s, own, s.at_norm, row, job.rows)
+    x, at_x, step_x = taken(s, own, own, row * D, D, job.rows - row, D)
     first, last = share(me, job.threads, s.vocab_panels)
     at, to = s.at_head + first * D * PANEL, row * s.vocab_width + first * PANEL
-    multiply(s, own, row * D, D, job.rows - row, at, D * PANEL, last - first, D, s.logits, to, s.vocab_width)
+    multiply(s, x, at_x, step_x, job.rows - row, at, D * PANEL, last - first, D, s.logits, to, s.vocab_width)
 
 
 @njit(error_model="numpy")

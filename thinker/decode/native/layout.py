@@ -19,8 +19,10 @@ import numpy as np
 from ...config import ThinkerConfig
 
 PANEL = 32  # outputs side by side in memory
+BLOCK = 32  # inputs whose products are added up by themselves; in INT8 they share a scale
 ROWS = 64  # rows of one pass: a block of a prompt, or one token each of so many slots
 CHUNK = 4  # panels that one product makes before its results are used
+GROUP = 4  # inputs of an output that lie together in INT8, as processors multiply and add them
 QUERIES = 8  # rows of a prompt that attend together
 LINE = 16  # elements of a cache line of float32
 SHORT = 1 << 18  # bytes of one head's keys that are allotted at once, however few come
@@ -34,7 +36,8 @@ _ADDRESSES = "product weights scales floats keys values x q y hidden logits own 
 _PLACES = """at_layers step_layer at_out at_up step_up at_down step_down at_embedding at_head
     at_cos at_sin at_norm at_layer_floats step_layer_floats at_norm2 at_q_norm at_k_norm at_router
     step_slot step_layer_cache step_head_cache
-    step_own at_gathered at_shares at_tile at_scores at_draw step_plan at_source at_pair at_first"""
+    step_own at_rounded step_rounded at_gathered at_shares at_tile at_scores at_draw
+    step_plan at_source at_pair at_first"""
 SHAPE = np.dtype(
     [(name, np.int64) for name in (_COUNTS + " " + _ADDRESSES + " " + _PLACES).split()]
     + [("eps", np.float32), ("scale", np.float32)]
@@ -169,6 +172,11 @@ def lay_out(config: ThinkerConfig, quantised: bool, threads: int) -> tuple[np.nd
     s["hidden"], s["logits"] = work.take(ROWS * K * ff_width), work.take(ROWS * vocab_width)
     own = Places()
     own.take(ROWS * D)
+    if quantised:
+        # Bytes of a rounded row: 16 bits an input, then 32 and 32 for each block, which `rows.py` explains.
+        widest = panels(max(D, H * width, F)) * PANEL
+        s["step_rounded"] = 2 * widest + 2 * 4 * (widest // BLOCK)
+        s["at_rounded"] = own.take(ROWS * K * int(s["step_rounded"]) // 4)
     s["at_gathered"], s["at_shares"] = own.take(ROWS * K * D), own.take(ROWS * K)
     widest = max(K * CHUNK * PANEL, head_width, panels(E) * PANEL)
     s["at_tile"] = own.take(max(ROWS * widest, together * head_width))

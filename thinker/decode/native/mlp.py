@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 
 from ...compiled.memory import floats, integers
-from .attention import multiply, multiply_others, norm_rows, share
+from .attention import multiply, multiply_others, norm_rows, share, taken
 from .elementwise import activate, softmax
 from .layout import CHUNK, FLOAT32, PANEL
 
@@ -28,6 +28,7 @@ def expand(me, s, job, layer):  # type: ignore[no-untyped-def]
     if s.mixture:
         route(me, s, job, layer)
         at_x = s.at_gathered
+    x, at_x, step_x = taken(s, own, own, at_x, D, job.rows * s.chosen, D)
     for expert in range(s.experts):
         start, count = pairs_of(me, s, job, expert)
         panel, last = share(me, job.threads, s.ff_panels)
@@ -35,7 +36,7 @@ def expand(me, s, job, layer):  # type: ignore[no-untyped-def]
             width = min(CHUNK // each, last - panel)
             step = width * each * PANEL
             at = s.at_layers + layer * s.step_layer + s.at_up + expert * s.step_up + panel * each * D * PANEL
-            multiply(s, own, at_x + start * D, D, count, at, D * PANEL, width * each, D, own, tile, step)
+            multiply(s, x, at_x + start * step_x, step_x, count, at, D * PANEL, width * each, D, own, tile, step)
             for row in range(count):
                 for i in range(width):
                     hidden = floats(s.hidden, (start + row) * s.ff_width + (panel + i) * PANEL, PANEL)
@@ -61,6 +62,7 @@ def contract(me, s, job, layer):  # type: ignore[no-untyped-def]
     """x = x + down(hidden), for some of its columns; of several experts the weighted sum, the best one first."""
     D, F, K, tile = s.d_model, s.d_ff, s.chosen, s.at_tile
     own = s.own + me * s.step_own
+    hidden, at_hidden, step_hidden = taken(s, own, s.hidden, 0, s.ff_width, job.rows * K, F)
     panel, last = share(me, job.threads, s.model_panels)
     while panel < last:
         width = min(CHUNK, last - panel)
@@ -69,7 +71,7 @@ def contract(me, s, job, layer):  # type: ignore[no-untyped-def]
             start, count = pairs_of(me, s, job, expert)
             at = s.at_layers + layer * s.step_layer + s.at_down + expert * s.step_down + panel * F * PANEL
             multiply(
-                s, s.hidden, start * s.ff_width, s.ff_width, count, at, F * PANEL, width, F, own,
+                s, hidden, at_hidden + start * step_hidden, step_hidden, count, at, F * PANEL, width, F, own,
                 tile + start * step, step,
             )  # fmt: skip
         columns = min(step, D - panel * PANEL)

@@ -16,7 +16,7 @@ from ...config import ThinkerConfig
 from ...formats.q8 import BLOCK, Q8Tensor
 from ...rope import rope_tables
 from ..decoder import Weights
-from .layout import PANEL, Q8, Sizes, aligned, panels
+from .layout import GROUP, PANEL, Q8, Sizes, aligned, panels
 
 
 class Packed:
@@ -77,7 +77,7 @@ class Packed:
             router = as_floats(self.tensors[f"{block}.moe.router.weight"])
             count = panels(config.num_experts)
             size = count * PANEL * config.d_model
-            to_panels(self.floats[at + s["at_router"] :][:size].reshape(count, -1, PANEL), router)
+            to_panels(self.floats[at + s["at_router"] :][:size].reshape(count, -1, PANEL, 1), router)
 
     def keep(self, at: int, values: Any) -> None:
         """A vector or table as it is, in float32."""
@@ -105,26 +105,29 @@ class Packed:
         rows, k = matrix.shape[0] // parts, matrix.shape[1]
         count = panels(rows)
         if not self.quantised:
-            layers = [(self.weights, as_floats(matrix), 1)]
+            layers = [(self.weights, as_floats(matrix), 1, 1)]
         else:
             if k % BLOCK:
                 raise ValueError(f"{name} has {k} inputs, and INT8 has blocks of {BLOCK}: use dtype float32")
             quants, scales = as_q8(matrix)
-            layers = [(self.weights, quants, 1), (self.scales, scales.view(np.int16), BLOCK)]
-        for target, source, block in layers:
+            # Bytes without a sign, as `rows.to_int16` explains.
+            layers = [(self.weights, quants ^ np.int8(-128), 1, GROUP), (self.scales, scales.view(np.int16), BLOCK, 1)]
+        for target, source, block, group in layers:
             depth, start = k // block, at // block
             size = count * every * depth * PANEL
             for part in range(parts):
-                place = target[start + part * size : start + (part + 1) * size].reshape(count, every, depth, PANEL)
+                place = target[start + part * size : start + (part + 1) * size]
+                place = place.reshape(count, every, depth // group, PANEL, group)
                 to_panels(place[:, first], source[part * rows : (part + 1) * rows])
 
 
 def to_panels(target: np.ndarray, rows: np.ndarray) -> None:
-    """Copy (N, k) into panels (P, k, 32); what is beyond N stays as it is."""
-    whole = len(rows) // PANEL
-    target[:whole] = rows[: whole * PANEL].reshape(whole, PANEL, rows.shape[1]).transpose(0, 2, 1)
+    """Copy (N, k) into panels (P, k / group, 32, group); what is beyond N stays as it is."""
+    whole, depth, group = len(rows) // PANEL, target.shape[1], target.shape[3]
+    target[:whole] = rows[: whole * PANEL].reshape(whole, PANEL, depth, group).transpose(0, 2, 1, 3)
     if len(rows) % PANEL:
-        target[whole, :, : len(rows) % PANEL] = rows[whole * PANEL :].T
+        rest = rows[whole * PANEL :]
+        target[whole, :, : len(rest)] = rest.reshape(len(rest), depth, group).transpose(1, 0, 2)
 
 
 def as_floats(array: Any) -> np.ndarray:

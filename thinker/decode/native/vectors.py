@@ -1,0 +1,91 @@
+"""Vector instructions for the inner loops that Numba's own can't make well: sixteen float32 numbers at once.
+
+LLVM splits the vectors on processors with narrower registers. What is made with them: `product.py` and `rows.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from llvmlite import binding, ir
+from numba.core import cgutils
+
+from .atomics import MACHINE
+
+LANES = 16  # float32 in one vector
+
+INT, SHORT, BYTE, FLOAT = ir.IntType(64), ir.IntType(16), ir.IntType(8), ir.FloatType()
+FLOATS = ir.VectorType(FLOAT, LANES)
+WORD = ir.IntType(32)
+WORDS, HALVES = ir.VectorType(WORD, LANES), ir.VectorType(ir.HalfType(), LANES)
+# Older processors lack the instruction that makes float32 of float16.
+FEATURES = binding.get_host_cpu_features()
+CONVERTS = MACHINE == "aarch64" or FEATURES.get("f16c", False)
+Loop = Callable[[ir.Value, list[ir.Value]], list[ir.Value]]
+
+
+def loop(
+    builder: ir.IRBuilder, start: ir.Value, stop: ir.Value, step: int, sums: Sequence[ir.Value], body: Loop
+) -> list:
+    """for i in range(start, stop, step): sums = body(i, sums); with sums held in registers."""
+    before = builder.block
+    head, inside, after = (builder.append_basic_block(name) for name in ("head", "body", "after"))
+    builder.branch(head)
+    builder.position_at_end(head)
+    i = builder.phi(INT)
+    i.add_incoming(start, before)
+    carried = []
+    for value in sums:
+        carried.append(builder.phi(value.type))
+        carried[-1].add_incoming(value, before)
+    builder.cbranch(builder.icmp_signed("<", i, stop), inside, after)
+    builder.position_at_end(inside)
+    results = body(i, carried)
+    i.add_incoming(builder.add(i, INT(step)), builder.block)
+    for phi, value in zip(carried, results, strict=True):
+        phi.add_incoming(value, builder.block)
+    builder.branch(head)
+    builder.position_at_end(after)
+    return carried
+
+
+def load(builder: ir.IRBuilder, pointer: ir.Value, lanes: int = LANES) -> ir.Value:
+    element = pointer.type.pointee
+    value = builder.load(builder.bitcast(pointer, ir.VectorType(element, lanes).as_pointer()))
+    value.align = element.width // 8 if isinstance(element, ir.IntType) else 4
+    return value
+
+
+def store(builder: ir.IRBuilder, value: ir.Value, pointer: ir.Value) -> None:
+    builder.store(value, builder.bitcast(pointer, value.type.as_pointer())).align = 4
+
+
+def spread(builder: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
+    """The same number in every lane."""
+    undefined = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
+    first = builder.insert_element(undefined, scalar, WORD(0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(WORDS, [0] * LANES))
+
+
+def same(kind: ir.Type, value: float | int) -> ir.Constant:
+    return ir.Constant(kind, [value] * LANES)
+
+
+def fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    """a * b + c, rounded once."""
+    name = f"llvm.fma.v{LANES}f32"
+    return builder.call(
+        cgutils.get_or_insert_function(builder.module, ir.FunctionType(FLOATS, [FLOATS] * 3), name), [a, b, c]
+    )
+
+
+def from_half(builder: ir.IRBuilder, half: ir.Value) -> ir.Value:
+    """Float16 bits as float32, exactly; no infinity."""
+    if CONVERTS:
+        return builder.fpext(builder.bitcast(half, HALVES), FLOATS)
+    # Exponent and mantissa move to their places in float32, whose exponent counts from 127 and not from 15.
+    bits = builder.sext(half, WORDS)
+    sign, rest = (builder.and_(bits, same(WORDS, mask)) for mask in (-(1 << 31), (1 << 15) - 1))
+    moved = builder.bitcast(builder.shl(rest, same(WORDS, 13)), FLOATS)
+    magnitude = builder.bitcast(builder.fmul(moved, same(FLOATS, 2.0**112)), WORDS)
+    return builder.bitcast(builder.or_(magnitude, sign), FLOATS)
