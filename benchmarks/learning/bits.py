@@ -41,13 +41,14 @@ TINY = ThinkerConfig.model_validate({"dropout": 0.0, "use_qk_norm": True})
 
 # As nanoGPT and many after it set AdamW; lr and rows are what --tune found best, of those that it has tried.
 PLAIN = {"optimizer": "adamw", "schedule": "cosine", "warmup": 0.05, "beta2": 0.95, "weight_decay": 0.1}
-PLAIN |= {"lr": 4e-3, "batch_size": 4}
+PLAIN |= {"lr": 8e-3, "batch_size": 4}
 RECIPE = {"optimizer": "muon", "schedule": "linear", "warmup": 0.02, "lr": 3e-3, "muon_lr": 1e-2, "batch_size": 4}
 TUNED: dict[str, dict[str, Any]] = {
     "AdamW, cosine: 8 rows, lr 0.002": PLAIN | {"batch_size": 8, "lr": 2e-3},
     "AdamW, cosine: lr 0.002": PLAIN | {"lr": 2e-3},
-    "AdamW, cosine: lr 0.008": PLAIN | {"lr": 8e-3},
-    "AdamW, cosine: 2 rows": PLAIN | {"batch_size": 2},
+    "AdamW, cosine: lr 0.004": PLAIN | {"lr": 4e-3},
+    "AdamW, cosine: lr 0.016": PLAIN | {"lr": 1.6e-2},
+    "AdamW, cosine: 2 rows, lr 0.004": PLAIN | {"batch_size": 2, "lr": 4e-3},
     "AdamW, cosine: warm-up 0.15": PLAIN | {"warmup": 0.15},
     "Thinker's recipe: 8 rows": RECIPE | {"batch_size": 8},
     "Thinker's recipe: lr 0.01": RECIPE | {"lr": 1e-2},
