@@ -129,6 +129,19 @@ def test_how_loud_it_is_makes_no_difference_and_silence_is_zero():
     assert abs(frames.std() - 1) < 1e-3
 
 
+def test_levelled_bands_do_not_tell_one_microphone_from_another():
+    """Catches means of frames taken for those of bands: an equaliser must make no difference, and a word must."""
+    config = SENSES.audio.model_copy(update={"level_bands": True})
+    rng = np.random.default_rng(0)
+    word = rng.standard_normal(4000) * np.hanning(4000)
+    duller = np.convolve(word, [0.5, 0.3, 0.1])[:4000]
+    levelled = np.abs(log_mel(word, config) - log_mel(duller, config)).mean()
+    assert levelled < 0.2 * np.abs(log_mel(word, SENSES.audio) - log_mel(duller, SENSES.audio)).mean()
+    np.testing.assert_allclose(log_mel(word, config).mean(axis=0), 0, atol=1e-5)
+    assert log_mel(word, config).std() == pytest.approx(1, abs=1e-3)
+    assert not log_mel(np.zeros(4000), config).any()
+
+
 def test_mel_filters_cover_every_band():
     """Catches a band that is empty where it is narrower than the distance of two frequencies."""
     for rate, size, mels in ((8000, 256, 40), (16_000, 512, 80), (8000, 256, 128)):

@@ -38,6 +38,17 @@ def test_widths_are_those_of_the_issue():
     assert all(block.attn.causal is False for block in built.modules() if isinstance(block, Block))
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "prepared"), [("level_bands", True, True), ("mels", 20, True), ("layers", 3, False)]
+)
+def test_media_are_prepared_again_when_they_would_become_something_else(field, value, prepared):
+    """Catches a setting of the frames that finds those of another setting in the cache."""
+    one, other = (
+        SensesConfig.model_validate({"audio": {"kind": "log-mel"} | fields}) for fields in ({}, {field: value})
+    )
+    assert (one.preparation() != other.preparation()) is prepared
+
+
 def test_patches_stand_in_reading_order():
     """Catches rows and columns exchanged: the patch that changes must be the one in that place."""
     encoder = randomise(PictureEncoder(PICTURE).double())

@@ -91,6 +91,11 @@ class SoundConfig(_Blocks):
     width: int = Field(192, ge=2, description="features of a position, 40 ms")
     rate: int = Field(8000, ge=1000, le=192_000, description="samples per second that every recording is brought to")
     mels: int = Field(40, ge=1, le=256, description="bands of the mel spectrogram")
+    level_bands: bool = Field(
+        False,
+        description="take each band's mean off, which tells voices and microphones apart and not words; a steady tone "
+        "is then silence",
+    )
     max_seconds: float = Field(10.0, gt=0, description="longer recordings are refused")
 
     @model_validator(mode="after")
@@ -156,8 +161,8 @@ class SensesConfig(_Part):
 
     def preparation(self) -> dict[str, Any]:
         """JSON values on which it depends what files become before any encoder sees them."""
-        fields = {"kind", "size", "channels", "patch", "rate", "mels", "max_seconds"}
-        whole = self.model_dump(mode="json", include={"image": fields, "audio": fields})
+        learned = {"width", "layers", "heads", "dropout", "frozen", "augment", "projector"}
+        whole = self.model_dump(mode="json", include={"image", "audio"}, exclude={"image": learned, "audio": learned})
         for config in (self.image, self.audio):
             if isinstance(config, FeatureConfig):
                 whole[config.kind] = config.width

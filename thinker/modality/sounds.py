@@ -67,7 +67,8 @@ def resampled(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:
 def log_mel(samples: np.ndarray, config: SoundConfig) -> np.ndarray:
     """The log-mel spectrogram of samples (N,), float32 (F, M), F = 1 + N // hop; mean 0, deviation 1 over all of it.
 
-    So how loud a recording is makes no difference; silence is all zeros.
+    So how loud a recording is makes no difference; silence is all zeros. With `level_bands` each band has mean 0
+    (cepstral mean normalisation, Atal 1974, in the log spectrum), so that voices and microphones differ less.
     """
     window, hop = config.window, config.hop
     padded = np.pad(samples.astype(np.float64), (window // 2, window))
@@ -78,6 +79,8 @@ def log_mel(samples: np.ndarray, config: SoundConfig) -> np.ndarray:
     mel = power @ mel_filters(config.rate, size, config.mels).T
     logs = np.log10(np.maximum(mel, 1e-12))
     logs = np.maximum(logs, logs.max() - RANGE)
+    if config.level_bands:
+        logs = logs - logs.mean(axis=0)
     deviation = logs.std()
     return ((logs - logs.mean()) / deviation if deviation > 1e-6 else np.zeros_like(logs)).astype(np.float32)
 
