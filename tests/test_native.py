@@ -172,7 +172,7 @@ def test_a_row_is_rounded_to_the_nearest_step():
     off = (
         np.abs(whole * scales[:, None].astype(np.float64) - x.reshape(blocks, 32)) / np.maximum(scales, 1e-37)[:, None]
     )
-    assert off[largest > 1e-30].max() <= 0.51
+    assert off[largest > 1e-30].max() <= 0.51  # half a step, and the factor's own rounding: 32,512 times 2^-23
     assert np.array_equal(begins, -128 * whole.sum(-1))
     assert (out[2 * k + 8 * blocks :] == 99).all(), "it wrote beyond its row"
 

@@ -45,7 +45,8 @@ class NativeTrace:
 class NativeDecoder(Decoder):
     """A model of any supported architecture in float32 or INT8 with Q8_0's numbers, up to 64 slots, on this processor.
 
-    Keys and values are float32, beside INT8 weights float16: half as much to read, which many streams wait for.
+    Beside INT8 weights activations are rounded to 16 bits in blocks of 32; keys and values are float16 there and else
+    float32: half as much to read, which many streams wait for.
     `threads` None measures which number is fastest. Raises `ValueError` for what can't be had.
     """
 

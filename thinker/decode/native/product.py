@@ -45,7 +45,7 @@ BYTES = ir.VectorType(BYTE, GROUP * LANES)
 DOTS = FEATURES.get("avx512vnni", False)  # one instruction multiplies 64 pairs of bytes and adds them up in fours
 
 
-def fetch(builder: ir.IRBuilder, pointer: ir.Value, ahead: int) -> None:
+def _fetch(builder: ir.IRBuilder, pointer: ir.Value, ahead: int) -> None:
     """Ask for the cache line so many bytes further, which may lie beyond the array: nothing is read."""
     switches = [WORD(value) for value in (0, 3, 1)]  # to be read, soon again, data
     kinds = [BYTE.as_pointer(), *(switch.type for switch in switches)]
@@ -53,7 +53,7 @@ def fetch(builder: ir.IRBuilder, pointer: ir.Value, ahead: int) -> None:
     builder.call(function, [builder.gep(pointer, [INT(ahead)]), *switches])
 
 
-def add_dots(builder: ir.IRBuilder, total: ir.Value, weights: ir.Value, values: ir.Value) -> ir.Value:
+def _add_dots(builder: ir.IRBuilder, total: ir.Value, weights: ir.Value, values: ir.Value) -> ir.Value:
     """total + the sum of four products in each lane, of bytes without a sign and bytes with one; exact."""
     if DOTS:
         kind = ir.FunctionType(WORDS, [WORDS] * 3)
@@ -96,7 +96,7 @@ def _tile(rows: int, panels: int) -> Any:
                 """Have the weights fetched that lie `further` elements behind those of `count` inputs from j on."""
                 place = builder.gep(column, [builder.add(further, builder.mul(j, INT(PANEL)))])
                 for line in range(0, count * PANEL * (1 if column.type.pointee == BYTE else 4), CACHE_LINE):
-                    fetch(builder, builder.bitcast(place, BYTE.as_pointer()), line)
+                    _fetch(builder, builder.bitcast(place, BYTE.as_pointer()), line)
 
             def in_floats(element):  # type: ignore[no-untyped-def]
                 starts, inputs = columns(w, element, w_at, w_step), x_rows(FLOAT)
@@ -148,7 +148,7 @@ def _tile(rows: int, panels: int) -> Any:
                             words = [builder.bitcast(builder.gep(row, [first]), WORD.as_pointer()) for row in inputs]
                             values = [spread(builder, builder.load(word)) for word in words]
                             parts = [
-                                add_dots(builder, part, weights[i % vectors], values[i // vectors])
+                                _add_dots(builder, part, weights[i % vectors], values[i // vectors])
                                 for i, part in enumerate(parts)
                             ]
                         if byte == 0:

@@ -18,8 +18,8 @@ INT, SHORT, BYTE, FLOAT = ir.IntType(64), ir.IntType(16), ir.IntType(8), ir.Floa
 FLOATS = ir.VectorType(FLOAT, LANES)
 WORD = ir.IntType(32)
 WORDS, HALVES = ir.VectorType(WORD, LANES), ir.VectorType(ir.HalfType(), LANES)
-# Older processors lack the instruction that makes float32 of float16.
 FEATURES = binding.get_host_cpu_features()
+# Older processors lack the instruction that makes float32 of float16.
 CONVERTS = MACHINE == "aarch64" or FEATURES.get("f16c", False)
 Loop = Callable[[ir.Value, list[ir.Value]], list[ir.Value]]
 
@@ -50,6 +50,7 @@ def loop(
 
 
 def load(builder: ir.IRBuilder, pointer: ir.Value, lanes: int = LANES) -> ir.Value:
+    """So many elements in a row, wherever they begin."""
     element = pointer.type.pointee
     value = builder.load(builder.bitcast(pointer, ir.VectorType(element, lanes).as_pointer()))
     value.align = element.width // 8 if isinstance(element, ir.IntType) else 4
@@ -57,6 +58,7 @@ def load(builder: ir.IRBuilder, pointer: ir.Value, lanes: int = LANES) -> ir.Val
 
 
 def store(builder: ir.IRBuilder, value: ir.Value, pointer: ir.Value) -> None:
+    """Write a vector, wherever it begins."""
     builder.store(value, builder.bitcast(pointer, value.type.as_pointer())).align = 4
 
 
@@ -68,6 +70,7 @@ def spread(builder: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
 
 
 def same(kind: ir.Type, value: float | int) -> ir.Constant:
+    """A vector of one known number."""
     return ir.Constant(kind, [value] * LANES)
 
 
