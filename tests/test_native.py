@@ -15,10 +15,9 @@ from numba import njit
 
 from benchmarks import same_bytes
 from thinker import moe
-from thinker.decode.native import open_native, product
+from thinker.decode.native import open_native, processor, product, rows
 from thinker.decode.native.elementwise import to_float16
 from thinker.decode.native.pace import LEAST, MOST, Pace
-from thinker.decode.native.rows import to_int16
 from thinker.decode.torch_decoder import TorchDecoder
 from thinker.formats.q8 import Q8Tensor
 from thinker.model import Attention, ThinkerLM
@@ -146,7 +145,8 @@ def test_int8_has_the_numbers_of_q8_0(config, monkeypatch):
     assert np.array_equal(taken.prefill(0, tokens, every=True), ours), "a Q8_0 file is not rounded again"
 
 
-def test_a_row_is_rounded_to_the_nearest_step():
+@pytest.mark.parametrize("dots", [True, False])
+def test_a_row_is_rounded_to_the_nearest_step(dots):
     """Bug: a tie goes up, a block of zeros or of the smallest numbers divides by zero, a sum lacks its last number."""
     rng = np.random.default_rng(0)
     # Of a largest of 32,512 a step is 1.
@@ -156,14 +156,18 @@ def test_a_row_is_rounded_to_the_nearest_step():
     x = x.astype(np.float32)
     k, blocks = len(x), len(x) // 32
     out = np.full(2 * k + 8 * blocks + 64, 99, np.int8)
+    to_int16 = rows._rounding(dots)
 
     @njit
     def rounded(x, k, out):
         to_int16(x, 0, k, out, 0)
 
     rounded(x.ctypes.data, k, out.ctypes.data)
-    higher, lower = out[: 2 * k].reshape(blocks, 2, 32).astype(np.int64).transpose(1, 0, 2)
-    whole = 256 * higher + lower
+    if dots:
+        higher, lower = out[: 2 * k].reshape(blocks, 2, 32).astype(np.int64).transpose(1, 0, 2)
+        whole = 256 * higher + lower
+    else:
+        whole = out[: 2 * k].view(np.int16).reshape(blocks, 32).astype(np.int64)
     scales, begins = out[2 * k :][: 4 * blocks].view(np.float32), out[2 * k + 4 * blocks :][: 4 * blocks].view(np.int32)
     assert whole[:2].reshape(-1).tolist() == np.rint(ties).tolist()
     assert not whole[2:4].any()
@@ -177,13 +181,14 @@ def test_a_row_is_rounded_to_the_nearest_step():
     assert (out[2 * k + 8 * blocks :] == 99).all(), "it wrote beyond its row"
 
 
-@pytest.mark.parametrize("instruction", [True, False])
-def test_products_of_bytes_are_exact(instruction, monkeypatch):
-    """Bug: bytes are taken for signed, sums overflow, or processors without the instruction have other numbers."""
-    if instruction and not product.DOTS:
+@pytest.mark.parametrize("instructions", ["fours of bytes", "pairs of int16", "none"])
+def test_products_of_bytes_are_exact(instructions, monkeypatch):
+    """Bug: bytes are taken for signed, sums overflow, or processors without an instruction have other numbers."""
+    dots = instructions == "fours of bytes"
+    if (dots and not processor.DOTS) or (instructions == "pairs of int16" and not processor.PAIRS):
         pytest.skip("this processor has no such instruction")
-    monkeypatch.setattr(product, "DOTS", instruction)
-    tile = product._tile(2, 2)
+    monkeypatch.setattr(product, "PAIRS", instructions == "pairs of int16")
+    tile, group = product._tile(2, 64, dots), 4 if dots else 2
     rng = np.random.default_rng(0)
     k, step = 96, 2 * 96 + 24
     whole = rng.integers(-32512, 32513, (2, 3, 32))  # row, block, input
@@ -191,16 +196,19 @@ def test_products_of_bytes_are_exact(instruction, monkeypatch):
     whole[0, 0], weights[0, 0, 0], weights[1, 31, 0] = 32512, 127, -128
     rows = np.zeros((2, step), np.int8)
     higher = (whole + 128) >> 8
-    rows[:, : 2 * k] = np.stack([higher, whole - 256 * higher], axis=2).reshape(2, -1)
+    if dots:
+        rows[:, : 2 * k] = np.stack([higher, whole - 256 * higher], axis=2).reshape(2, -1)
+    else:
+        rows[:, : 2 * k] = whole.astype(np.int16).reshape(2, -1).view(np.int8)
     rows[:, 2 * k : 2 * k + 12].view(np.float32)[:] = steps = np.array([[1, 2, 4], [8, 0.5, 1]])
     rows[:, 2 * k + 12 :].view(np.int32)[:] = -128 * whole.sum(-1)
-    laid = (weights ^ -128).astype(np.int8).reshape(2, 32, k // 4, 4).transpose(0, 2, 1, 3).copy()
+    laid = (weights ^ -128).astype(np.int8).reshape(2, 32, k // group, group).transpose(0, 2, 1, 3).copy()
     scales = np.exp2(rng.integers(-3, 3, (2, 3, 32))).astype(np.float16)  # panel, block, output
     out = np.zeros((2, 64), np.float32)
 
     @njit
     def multiply(x, w, scales, out):
-        tile(x, 0, step, w, 0, 32 * k, 1, scales, k, out, 0, 64)
+        tile(x, 0, step, w, 0, 32 * k, 0, product.Q8, scales, k, out, 0, 64)
 
     multiply(rows.ctypes.data, laid.ctypes.data, scales.ctypes.data, out.ctypes.data)
     sums = np.einsum("rbi,pobi->rpob", whole, weights).astype(np.float32)  # each rounded once

@@ -7,7 +7,6 @@ microsecond. Who the threads are and when they sleep is `team.py`'s business.
 
 from __future__ import annotations
 
-import platform
 import sys
 
 from llvmlite import ir
@@ -17,13 +16,13 @@ from numba.extending import intrinsic
 
 from ...compiled.memory import pointer
 from .layout import STRIDE
+from .processor import MACHINE
 
 WORD = ir.IntType(64)
 PATIENCE = 2_000  # looks at a word, some 100 microseconds, before the processor is offered to others
 
 # LLVM's name for the instruction that tells a processor of a spinning loop, and its argument.
 HINTS = {"x86_64": ("llvm.x86.sse2.pause", []), "aarch64": ("llvm.aarch64.hint", [1])}
-MACHINE = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
 
 
 @intrinsic

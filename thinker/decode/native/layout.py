@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 
 from ...config import ThinkerConfig
+from .processor import DOTS
 
 PANEL = 32  # outputs side by side in memory
 BLOCK = 32  # inputs whose products are added up by themselves; in INT8 they share a scale
 ROWS = 64  # rows of one pass: a block of a prompt, or one token each of so many slots
 CHUNK = 4  # panels that one product makes before its results are used
-GROUP = 4  # inputs of an output that lie together in INT8, as processors multiply and add them
+GROUP = 4 if DOTS else 2  # inputs of an output that lie together in INT8, as the processor multiplies and adds them
 QUERIES = 8  # rows of a prompt that attend together
 LINE = 16  # elements of a cache line of float32
 SHORT = 1 << 18  # bytes of one head's keys that are allotted at once, however few come

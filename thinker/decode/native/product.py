@@ -7,7 +7,7 @@ ordinary Numba, in the other kernels.
 """
 
 # R rows, P panels, k inputs; a panel is PANEL outputs side by side: (k, PANEL), and (k / BLOCK, PANEL) for its scales.
-# In INT8 the inputs of an output lie together in groups: (k / GROUP, PANEL, GROUP).
+# In INT8 the inputs of an output lie together in groups of two or four: (k / GROUP, PANEL, GROUP).
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ...compiled.memory import pointer
-from .layout import BLOCK, FLOAT16, GROUP, PANEL, Q8
+from .layout import BLOCK, FLOAT16, PANEL, Q8
+from .processor import DOTS, PAIRS, WIDE
 from .vectors import (
     BYTE,
-    FEATURES,
     FLOAT,
     FLOATS,
     INT,
@@ -41,8 +41,8 @@ from .vectors import (
 
 CACHE_LINE = 64  # bytes
 STREAM = 8192  # bytes that a stream of weights is asked for ahead
-BYTES = ir.VectorType(BYTE, GROUP * LANES)
-DOTS = FEATURES.get("avx512vnni", False)  # one instruction multiplies 64 pairs of bytes and adds them up in fours
+# What fits into the registers: so many rows by so many outputs, fewer rows by a panel, or one row by some panels.
+TALL, BESIDE, LOW, ABREAST = (8, PANEL, 4, 4) if WIDE else (6, PANEL // 2, 2, 2)
 
 
 def _fetch(builder: ir.IRBuilder, pointer: ir.Value, ahead: int) -> None:
@@ -53,42 +53,60 @@ def _fetch(builder: ir.IRBuilder, pointer: ir.Value, ahead: int) -> None:
     builder.call(function, [builder.gep(pointer, [INT(ahead)]), *switches])
 
 
-def _add_dots(builder: ir.IRBuilder, total: ir.Value, weights: ir.Value, values: ir.Value) -> ir.Value:
+def _add_fours(builder: ir.IRBuilder, total: ir.Value, weights: ir.Value, values: ir.Value) -> ir.Value:
     """total + the sum of four products in each lane, of bytes without a sign and bytes with one; exact."""
-    if DOTS:
-        kind = ir.FunctionType(WORDS, [WORDS] * 3)
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpdpbusd.512")
-        return builder.call(function, [total, builder.bitcast(weights, WORDS), values])
-    wide = ir.VectorType(SHORT, GROUP * LANES)  # holds 255 * 127
-    products = builder.mul(builder.zext(weights, wide), builder.sext(builder.bitcast(values, BYTES), wide))
-    for start in range(GROUP):
-        every = ir.Constant(WORDS, list(range(start, GROUP * LANES, GROUP)))
-        total = builder.add(total, builder.sext(builder.shuffle_vector(products, products, every), WORDS))
+    kind = ir.FunctionType(WORDS, [WORDS] * 3)
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpdpbusd.512")
+    return builder.call(function, [total, builder.bitcast(weights, WORDS), values])
+
+
+def _add_pairs(builder: ir.IRBuilder, total: ir.Value, weights: ir.Value, values: ir.Value) -> ir.Value:
+    """total + the sum of two products in each lane, of bytes without a sign and int16; exact."""
+    shorts, words = (ir.VectorType(kind, 2 * LANES) for kind in (SHORT, WORD))
+    weights, values = builder.zext(weights, shorts), builder.bitcast(values, shorts)
+    if PAIRS:
+        half = ir.VectorType(SHORT, LANES)
+        kind = ir.FunctionType(ir.VectorType(WORD, LANES // 2), [half, half])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx2.pmadd.wd")
+        sums = []
+        for start in (0, LANES):
+            places = ir.Constant(WORDS, list(range(start, start + LANES)))
+            sums.append(builder.call(function, [builder.shuffle_vector(v, v, places) for v in (weights, values)]))
+        both = builder.shuffle_vector(*sums, ir.Constant(WORDS, list(range(LANES))))
+        return builder.add(total, both)
+    products = builder.mul(builder.sext(weights, words), builder.sext(values, words))
+    for start in range(2):
+        every = ir.Constant(WORDS, list(range(start, 2 * LANES, 2)))
+        total = builder.add(total, builder.shuffle_vector(products, products, every))
     return total
 
 
-def _tile(rows: int, panels: int) -> Any:
-    """The product of R rows and P panels, for fixed R and P: out (R, 32 P) = x (R, k) times w (P, k, 32).
+def _tile(rows: int, outputs: int, dots: bool = DOTS) -> Any:
+    """The product of R rows and P panels, R and P fixed: out (R, 32 P) = x (R, k) times w (P, k, 32).
+
+    `outputs` is 32 P, or less than a panel: then `first` is the place in it.
 
     Each block of 32 inputs is added up by itself, then joined to the sum of those before, which rounds off a third of
     what one long sum does (through SmolLM2's 30 layers: logits as near to float64 as torch's). As `kind` says, w is
     float32, or float16 (keys and values), or Q8_0: then x has been rounded too (`rows.to_int16`), and a block's
     sum is one of integers, exact, and scaled as a whole. Meanwhile the next weights are fetched: for many rows, which
-    use a panel over and over, all of the next panel.
+    use a panel over and over, all of the next panel. `dots` says how bytes are multiplied, and so how they lie.
     """
-    places = [divmod(lane, PANEL) for lane in range(0, panels * PANEL, LANES)]  # panel and lane of each vector
+    group, add = (4, _add_fours) if dots else (2, _add_pairs)
+    places = [divmod(lane, PANEL) for lane in range(0, outputs, LANES)]  # panel and lane of each vector
     vectors = len(places)
 
     @intrinsic
-    def tile(typing, x, x_at, x_step, w, w_at, w_step, kind, scales, k, out, out_at, out_step):  # type: ignore[no-untyped-def]
+    def tile(typing, x, x_at, x_step, w, w_at, w_step, first, kind, scales, k, out, out_at, out_step):  # type: ignore[no-untyped-def]
         def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-            x, x_at, x_step, w, w_at, w_step, kind, scales, k, out, out_at, out_step = arguments
+            x, x_at, x_step, w, w_at, w_step, first, kind, scales, k, out, out_at, out_step = arguments
             zeros = [same(FLOATS, 0.0)] * (rows * vectors)
 
             def x_rows(element):  # type: ignore[no-untyped-def]
                 return [pointer(builder, x, element, x_at, builder.mul(x_step, INT(row))) for row in range(rows)]
 
             def columns(address, element, at, step):  # type: ignore[no-untyped-def]
+                at = builder.add(at, first)
                 starts = [builder.add(builder.mul(step, INT(panel)), INT(lane)) for panel, lane in places]
                 return [pointer(builder, address, element, at, start) for start in starts]
 
@@ -120,7 +138,7 @@ def _tile(rows: int, panels: int) -> Any:
 
             def in_q8():  # type: ignore[no-untyped-def]
                 lanes = [
-                    builder.gep(start, [INT((GROUP - 1) * lane)])
+                    builder.gep(start, [builder.mul(builder.add(first, INT(lane)), INT(group - 1))])
                     for start, (_, lane) in zip(columns(w, BYTE, w_at, w_step), places, strict=True)
                 ]
                 # One scale for 32 weights, in their order: those of a block of inputs take PANEL = BLOCK places.
@@ -133,27 +151,25 @@ def _tile(rows: int, panels: int) -> Any:
                     return spread(builder, builder.load(builder.gep(numbers, [place])))
 
                 def block(j, sums):  # type: ignore[no-untyped-def]
-                    if rows > 1 or panels == 1:
+                    if rows > 1 or outputs == PANEL:
                         ask(lanes[0], j, w_step if rows > 1 else INT(STREAM), BLOCK)
                     place = builder.sdiv(j, INT(BLOCK))
                     begin = [beside(row, WORD, builder.add(blocks, place)) for row in inputs]
-                    parts = [same(WORDS, 0)] * len(sums)
-                    for byte in range(2):
-                        for at in range(0, BLOCK, GROUP):
-                            fours = [
-                                builder.gep(lane, [builder.mul(builder.add(j, INT(at)), INT(PANEL))]) for lane in lanes
-                            ]
-                            weights = [load(builder, four, GROUP * LANES) for four in fours]
-                            first = builder.add(builder.mul(j, INT(2)), INT(byte * BLOCK + at))
-                            words = [builder.bitcast(builder.gep(row, [first]), WORD.as_pointer()) for row in inputs]
-                            values = [spread(builder, builder.load(word)) for word in words]
-                            parts = [
-                                _add_dots(builder, part, weights[i % vectors], values[i // vectors])
-                                for i, part in enumerate(parts)
-                            ]
-                        if byte == 0:
+                    parts = [same(WORDS, 0) if dots else begin[i // vectors] for i in range(len(sums))]
+                    for byte in range(2 if dots else 1):
+                        if byte == 1:
                             higher = [builder.shl(part, same(WORDS, 8)) for part in parts]
                             parts = [builder.add(part, begin[i // vectors]) for i, part in enumerate(higher)]
+                        for at in range(0, BLOCK, group):
+                            further = [builder.mul(builder.add(j, INT(at)), INT(PANEL))]
+                            weights = [load(builder, builder.gep(lane, further), group * LANES) for lane in lanes]
+                            begun = builder.add(builder.mul(j, INT(2)), INT(byte * BLOCK + at if dots else 2 * at))
+                            words = [builder.bitcast(builder.gep(row, [begun]), WORD.as_pointer()) for row in inputs]
+                            values = [spread(builder, builder.load(word)) for word in words]
+                            parts = [
+                                add(builder, part, weights[i % vectors], values[i // vectors])
+                                for i, part in enumerate(parts)
+                            ]
                     factors = [from_half(builder, load(builder, builder.gep(half, [j]))) for half in halves]
                     steps = [beside(row, FLOAT, place) for row in inputs]
                     both = [builder.fmul(factors[i % vectors], steps[i // vectors]) for i in range(len(sums))]
@@ -178,43 +194,48 @@ def _tile(rows: int, panels: int) -> Any:
                         keep(in_floats(FLOAT))
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 12), generate
+        return types.void(*[types.int64] * 13), generate
 
     return tile
 
 
-eight_rows, four_rows = _tile(8, 1), _tile(4, 1)
-four_panels, two_panels, one_panel = _tile(1, 4), _tile(1, 2), _tile(1, 1)
+tall, low = _tile(TALL, BESIDE), _tile(LOW, PANEL)
+four_panels, two_panels, one_panel = _tile(1, ABREAST * PANEL), _tile(1, 2 * PANEL), _tile(1, PANEL)
 
 
 def product(x, x_at, x_step, rows, w, w_at, w_step, panels, abreast, kind, scales, k, out, out_at, out_step):  # type: ignore[no-untyped-def]
     """out[r, 32 p + lane] = sum over j of x[r, j] * w[p, j, lane]; addresses, places from there, and strides.
 
-    Eight rows by one panel fill the registers. A single row takes up to four panels `abreast`, so that enough sums are
+    `TALL` rows by one panel fill the registers. A single row takes several panels `abreast`, so that enough sums are
     on their way to hide how long one addition takes; but weights from beyond the caches come faster as a single stream.
     A kernel of its own, whose address the others get (`SHAPE`): compiled once, and not into each of its callers.
     """
     panel = 0
     while panel < panels:
-        together = min(abreast, 4 if panel + 4 <= panels else 2 if panel + 2 <= panels else 1)
+        left = panels - panel
+        together = min(abreast, ABREAST if left >= ABREAST else 2 if left >= 2 else 1)
         row = 0
-        if rows >= 4:
+        if rows >= LOW:
             for p in range(panel, panel + together):
-                row, from_x, from_w, to = 0, x_at, w_at + p * w_step, out_at + p * PANEL
-                while row + 8 <= rows:
-                    eight_rows(x, from_x, x_step, w, from_w, w_step, kind, scales, k, out, to, out_step)
-                    row, from_x, to = row + 8, from_x + 8 * x_step, to + 8 * out_step
-                if row + 4 <= rows:
-                    four_rows(x, from_x, x_step, w, from_w, w_step, kind, scales, k, out, to, out_step)
-                    row += 4
+                from_w, to = w_at + p * w_step, out_at + p * PANEL
+                for part in range(0, PANEL, BESIDE):
+                    row = 0
+                    while row + TALL <= rows:
+                        from_x, into = x_at + row * x_step, to + row * out_step + part
+                        tall(x, from_x, x_step, w, from_w, w_step, part, kind, scales, k, out, into, out_step)
+                        row += TALL
+                while row + LOW <= rows:
+                    from_x, into = x_at + row * x_step, to + row * out_step
+                    low(x, from_x, x_step, w, from_w, w_step, 0, kind, scales, k, out, into, out_step)
+                    row += LOW
         for r in range(row, rows):
             from_x, from_w, to = x_at + r * x_step, w_at + panel * w_step, out_at + r * out_step + panel * PANEL
             if together == 4:
-                four_panels(x, from_x, x_step, w, from_w, w_step, kind, scales, k, out, to, out_step)
+                four_panels(x, from_x, x_step, w, from_w, w_step, 0, kind, scales, k, out, to, out_step)
             elif together == 2:
-                two_panels(x, from_x, x_step, w, from_w, w_step, kind, scales, k, out, to, out_step)
+                two_panels(x, from_x, x_step, w, from_w, w_step, 0, kind, scales, k, out, to, out_step)
             else:
-                one_panel(x, from_x, x_step, w, from_w, w_step, kind, scales, k, out, to, out_step)
+                one_panel(x, from_x, x_step, w, from_w, w_step, 0, kind, scales, k, out, to, out_step)
         panel += together
     return 0
 

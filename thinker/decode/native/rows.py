@@ -13,7 +13,8 @@ from numba.extending import intrinsic
 
 from ...compiled.memory import pointer
 from .layout import BLOCK
-from .vectors import BYTE, FLOAT, FLOATS, INT, LANES, WORD, WORDS, load, loop, same, spread
+from .processor import DOTS
+from .vectors import BYTE, FLOAT, FLOATS, INT, LANES, SHORT, WORD, WORDS, load, loop, same, spread
 
 LARGEST = 127 * 256  # of a block's integers: its higher byte still fits
 SMALLEST = 1e-30  # of a block's numbers, unless they count as zeros
@@ -71,46 +72,62 @@ def _reduced(builder: ir.IRBuilder, operation: str, vector: ir.Value) -> ir.Valu
     return builder.call(cgutils.get_or_insert_function(builder.module, function, name), [vector])
 
 
-@intrinsic
-def to_int16(typing, x, x_at, k, out, out_at):  # type: ignore[no-untyped-def]
+def _rounding(dots: bool = DOTS) -> Any:
     """Round k numbers of a row to blocks of integers with a float32 scale each; of two as near to the even one.
 
     Eight bits, as llama.cpp has them, answer worse: one number in a block can be a thousand times the others. In
-    memory: of each block the higher bytes and then the lower ones, both with a sign; behind them all blocks' scales,
-    then for each block -128 times the sum of its integers, since weights lie as bytes that are 128 too large.
+    memory: each block's int16, or if bytes are what the processor multiplies (`dots`) first its higher bytes and then
+    the lower ones, both with a sign; behind them all blocks' scales, then for each block -128 times the sum of its
+    integers, since weights lie as bytes that are 128 too large.
     """
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        x, x_at, k, out, out_at = arguments
-        values, quants = pointer(builder, x, FLOAT, x_at), pointer(builder, out, BYTE, out_at)
-        scales = builder.bitcast(builder.gep(quants, [builder.mul(k, INT(2))]), FLOAT.as_pointer())
-        begins = builder.bitcast(builder.gep(scales, [builder.sdiv(k, INT(BLOCK))]), WORD.as_pointer())
+    @intrinsic
+    def to_int16(typing, x, x_at, k, out, out_at):  # type: ignore[no-untyped-def]
+        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            x, x_at, k, out, out_at = arguments
+            values, quants = pointer(builder, x, FLOAT, x_at), pointer(builder, out, BYTE, out_at)
+            scales = builder.bitcast(builder.gep(quants, [builder.mul(k, INT(2))]), FLOAT.as_pointer())
+            begins = builder.bitcast(builder.gep(scales, [builder.sdiv(k, INT(BLOCK))]), WORD.as_pointer())
 
-        def block(j, _):  # type: ignore[no-untyped-def]
-            halves = [load(builder, builder.gep(values, [builder.add(j, INT(at))])) for at in range(0, BLOCK, LANES)]
-            # Without their sign, the bits of floats are in the order of their sizes.
-            sizes = [builder.and_(builder.bitcast(half, WORDS), same(WORDS, 0x7FFFFFFF)) for half in halves]
-            larger = builder.select(builder.icmp_signed(">", *sizes), *sizes)
-            size = builder.bitcast(_reduced(builder, "smax", larger), FLOAT)
-            place = builder.sdiv(j, INT(BLOCK))
-            builder.store(builder.fdiv(size, FLOAT(LARGEST)), builder.gep(scales, [place]))
-            usable = builder.fcmp_ordered(">", size, FLOAT(SMALLEST))
-            factor = spread(builder, builder.select(usable, builder.fdiv(FLOAT(LARGEST), size), FLOAT(0.0)))
-            total = same(WORDS, 0)
-            for i, half in enumerate(halves):
-                moved = builder.fadd(builder.fmul(half, factor), same(FLOATS, MAGIC))
-                whole = builder.sub(builder.bitcast(moved, WORDS), same(WORDS, MAGIC_BITS))
-                higher = builder.ashr(builder.add(whole, same(WORDS, 128)), same(WORDS, 8))
-                for part, byte in enumerate((higher, whole)):
-                    narrow = builder.trunc(byte, ir.VectorType(BYTE, LANES))
-                    at = builder.gep(quants, [builder.add(builder.mul(j, INT(2)), INT(part * BLOCK + i * LANES))])
-                    builder.store(narrow, builder.bitcast(at, narrow.type.as_pointer())).align = 1
-                total = builder.add(total, whole)
-            begin = builder.mul(_reduced(builder, "add", total), WORD(-128))
-            builder.store(begin, builder.gep(begins, [place]))
-            return []
+            def keep(whole, element, at):  # type: ignore[no-untyped-def]
+                """The last bits of integers, from byte `at` of the row on."""
+                narrow = builder.trunc(whole, ir.VectorType(element, LANES))
+                place = builder.bitcast(builder.gep(quants, [at]), narrow.type.as_pointer())
+                builder.store(narrow, place).align = 1
 
-        loop(builder, INT(0), k, BLOCK, [], block)
-        return context.get_dummy_value()
+            def block(j, _):  # type: ignore[no-untyped-def]
+                halves = [
+                    load(builder, builder.gep(values, [builder.add(j, INT(at))])) for at in range(0, BLOCK, LANES)
+                ]
+                # Without their sign, the bits of floats are in the order of their sizes.
+                sizes = [builder.and_(builder.bitcast(half, WORDS), same(WORDS, 0x7FFFFFFF)) for half in halves]
+                larger = builder.select(builder.icmp_signed(">", *sizes), *sizes)
+                size = builder.bitcast(_reduced(builder, "smax", larger), FLOAT)
+                place, begin = builder.sdiv(j, INT(BLOCK)), builder.mul(j, INT(2))
+                builder.store(builder.fdiv(size, FLOAT(LARGEST)), builder.gep(scales, [place]))
+                usable = builder.fcmp_ordered(">", size, FLOAT(SMALLEST))
+                factor = spread(builder, builder.select(usable, builder.fdiv(FLOAT(LARGEST), size), FLOAT(0.0)))
+                total = same(WORDS, 0)
+                for i, half in enumerate(halves):
+                    moved = builder.fadd(builder.fmul(half, factor), same(FLOATS, MAGIC))
+                    whole = builder.sub(builder.bitcast(moved, WORDS), same(WORDS, MAGIC_BITS))
+                    if dots:
+                        higher = builder.ashr(builder.add(whole, same(WORDS, 128)), same(WORDS, 8))
+                        keep(higher, BYTE, builder.add(begin, INT(i * LANES)))
+                        keep(whole, BYTE, builder.add(begin, INT(BLOCK + i * LANES)))
+                    else:
+                        keep(whole, SHORT, builder.add(begin, INT(2 * i * LANES)))
+                    total = builder.add(total, whole)
+                lacking = builder.mul(_reduced(builder, "add", total), WORD(-128))
+                builder.store(lacking, builder.gep(begins, [place]))
+                return []
 
-    return types.void(*[types.int64] * 5), generate
+            loop(builder, INT(0), k, BLOCK, [], block)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 5), generate
+
+    return to_int16
+
+
+to_int16 = _rounding()

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba.core import cgutils
 
-from .atomics import MACHINE
+from .processor import CONVERTS
 
 LANES = 16  # float32 in one vector
 
@@ -18,9 +18,6 @@ INT, SHORT, BYTE, FLOAT = ir.IntType(64), ir.IntType(16), ir.IntType(8), ir.Floa
 FLOATS = ir.VectorType(FLOAT, LANES)
 WORD = ir.IntType(32)
 WORDS, HALVES = ir.VectorType(WORD, LANES), ir.VectorType(ir.HalfType(), LANES)
-FEATURES = binding.get_host_cpu_features()
-# Older processors lack the instruction that makes float32 of float16.
-CONVERTS = MACHINE == "aarch64" or FEATURES.get("f16c", False)
 Loop = Callable[[ir.Value, list[ir.Value]], list[ir.Value]]
 
 

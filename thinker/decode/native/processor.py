@@ -1,0 +1,19 @@
+"""What this processor has, as far as the kernels' form depends on it. Results never do."""
+
+from __future__ import annotations
+
+import platform
+
+from llvmlite import binding
+
+MACHINE = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+_FEATURES = binding.get_host_cpu_features()
+
+# Thirty-two registers of sixteen float32 numbers, where others have sixteen of eight, or thirty-two of four.
+WIDE = _FEATURES.get("avx512f", False)
+# One instruction multiplies 64 pairs of bytes and adds them up in fours.
+DOTS = _FEATURES.get("avx512vnni", False)
+# One instruction multiplies sixteen pairs of int16 and adds them up in twos.
+PAIRS = _FEATURES.get("avx2", False)
+# Older processors lack the instruction that makes float32 of float16.
+CONVERTS = MACHINE == "aarch64" or _FEATURES.get("f16c", False)
