@@ -3,7 +3,7 @@
     python -m benchmarks.run growth-context growth-batch growth-length growth-depth growth-width growth-experts
 
 The theoretical line beside what was measured is the work that `thinker.bench.costs` computes, at the speed of the
-machine that was measured in the same turns: reading memory for decoding, bfloat16 products for training. Training is
+machine that was measured in the same turns: reading memory for decoding, products of matrices for training. Training is
 eager here: to compile every point would take an hour.
 """
 
@@ -18,12 +18,12 @@ from thinker.bench import costs
 
 from . import models
 from .results import Match
-from .train_step import ROWS, TINY, ours
+from .train_step import FAST, PRODUCTS, ROWS, TINY, ours
 from .turns import Contestant
 
 CONTEXTS = (16, 32, 64, 128, 256, 512, 1024, 2048)
 DTYPES = ("float32", "int8")
-READING, PRODUCTS = "reading memory, bytes/s", "bfloat16 products, operations/s"
+READING = "reading memory, bytes/s"
 # What changes in a training step: its name, its values, and the architecture and rows that each makes.
 SWEEPS: dict[str, tuple[str, Sequence[int], Callable[[int], tuple[dict[str, Any], int]]]] = {
     "growth-batch": ("rows in a batch", (1, 2, 4, 8, 16, 32), lambda rows: ({}, rows)),
@@ -66,8 +66,8 @@ def training_match(name: str) -> Match:
     for value in values:
         architecture, rows = shape(value)
         contestants.append(ours(str(value), architecture, compile="off", batch_size=rows))
-    limit = Contestant(PRODUCTS, "benchmarks.contestants.limit:products", {"dtype": "bfloat16"})
-    title = f"Training step, eager bfloat16, by {what}"
+    limit = Contestant(PRODUCTS, "benchmarks.contestants.limit:products", {"dtype": FAST})
+    title = f"Training step, eager {FAST}, by {what}"
     return Match(name, title, "tokens/s", (*contestants, limit), rounds=5, warm_ups=1)
 
 

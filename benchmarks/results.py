@@ -167,7 +167,8 @@ def as_markdown(matches: Mapping[str, Any]) -> str:
 
 def describe(machine: Mapping[str, Any]) -> str:
     """A machine in a line."""
-    return f"{machine['processor']}, {machine['cores']} cores, {machine['system']}, Python {machine['python']}"
+    name = f"{machine['processor']} ({machine['instructions']})"
+    return f"{name}, {machine['cores']} cores, {machine['system']}, Python {machine['python']}"
 
 
 def _busy(share: float | None) -> str:

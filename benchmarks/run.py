@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from thinker.bench.limits import cores, processor
+from thinker.train.decide import versions
 
 from .results import Match, as_json, as_markdown, save
 from .turns import ROOT, take_turns
@@ -32,6 +33,7 @@ def main(
     parser.add_argument("names", nargs="*", help="matches; none means all")
     parser.add_argument("--rounds", type=int, help="turns of each contestant")
     parser.add_argument("--quick", action="store_true", help="one warm-up, two rounds; written to build/benchmarks")
+    parser.add_argument("--out", type=Path, help="a folder for the results, in place of the usual one")
     parser.add_argument("--list", action="store_true", help="name all matches and end")
     options = parser.parse_args()
     known = {match.name: match for match in matches}
@@ -43,8 +45,8 @@ def main(
         parser.error(f"no match is called {unknown[0]!r}: choose among {', '.join(known)}")
     if options.rounds is not None and options.rounds < 1:
         parser.error(f"--rounds is {options.rounds}: at least 1 is needed")
-    if options.quick and folder is not None:
-        folder = ROOT / "build" / "benchmarks"
+    if folder is not None or options.out is not None:
+        folder = options.out or (ROOT / "build" / "benchmarks" if options.quick else folder)
         folder.mkdir(parents=True, exist_ok=True)
     # So that contestants end with this process, however it is ended.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
@@ -55,6 +57,7 @@ def main(
     machine = {
         "processor": processor(),
         "cores": cores(),
+        "instructions": versions()["capability"],
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
     }

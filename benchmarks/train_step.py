@@ -2,7 +2,8 @@
 
     python -m benchmarks.train_step [train] [moe]
 
-AdamW on both sides; Thinker's default, Muon, is one more contestant. Everyone clips the gradient and pays for it.
+AdamW on both sides; Thinker's default, Muon, is one more contestant. Everyone clips the gradient and pays for it. On a
+processor that emulates bfloat16 everything is float32.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from thinker.bench import costs
 from thinker.config import ThinkerConfig
+from thinker.train.decide import worth_probing
 
 from .results import Figure, Line, Match, Results, Target, ratio, scaled
 from .run import main
@@ -23,7 +25,9 @@ ROWS = 8
 TINY = ThinkerConfig.model_validate({"dropout": 0.0})
 SHAPE = {name: getattr(TINY, name) for name in ("vocab_size", "n_layers", "d_model", "n_heads", "d_ff")}
 SHAPE |= {"batch": ROWS, "length": TINY.ctx_len}
-OURS, PRODUCTS = "Thinker, compiled bfloat16", "bfloat16 products, operations/s"
+FAST = worth_probing()[-1]
+PRECISIONS = dict.fromkeys(("float32", FAST))  # one, or two
+OURS, PRODUCTS = f"Thinker, compiled {FAST}", f"{FAST} products, operations/s"
 
 PEERS = [
     Contestant(
@@ -36,7 +40,7 @@ PEERS = [
         ("transformers", "huggingface", Path(sys.executable)),
         ("litgpt", "lightning", ROOT / ".bench-venv" / "litgpt" / "bin" / "python"),
     )
-    for precision, compiled in (("float32", False), ("bfloat16", False), ("bfloat16", True))
+    for precision, compiled in (*((precision, False) for precision in PRECISIONS), (FAST, True))
 ]
 TUTORIALS = [
     Contestant(
@@ -50,8 +54,8 @@ COMPILED_PEERS = [peer.name for peer in PEERS if peer.options["compiled"]]
 
 
 def ours(name: str, architecture: dict[str, Any] | None = None, **settings: Any) -> Contestant:
-    """Thinker's step; compiled, in bfloat16 and with AdamW unless said."""
-    chosen = {"optimizer": "adamw", "precision": "bfloat16", "compile": "on", "batch_size": ROWS} | settings
+    """Thinker's step; compiled, in the processor's fast precision and with AdamW unless said."""
+    chosen = {"optimizer": "adamw", "precision": FAST, "compile": "on", "batch_size": ROWS} | settings
     options = {"architecture": architecture or {}, "settings": chosen}
     return Contestant(name, "benchmarks.contestants.ours:train", options)
 
@@ -64,7 +68,7 @@ def judge(results: Results) -> Sequence[Line]:
     return [
         Line(Target("training tokens/s against the best compiled peer", 1.25, 1.8), peer),
         Line(Target("… against plain eager float32 code", 3, 5), tutorial),
-        Line(Target("… share of the machine's measured bfloat16 product rate", 57, 75, "%"), share),
+        Line(Target(f"… share of the machine's measured {FAST} product rate", 57, 75, "%"), share),
     ]
 
 
@@ -85,12 +89,11 @@ MATCHES: tuple[Match, ...] = (
         "tokens/s",
         (
             ours(OURS),
-            ours("Thinker, compiled bfloat16, Muon", optimizer="muon"),
-            ours("Thinker, eager bfloat16", compile="off"),
-            ours("Thinker, eager float32", compile="off", precision="float32"),
+            ours(f"{OURS}, Muon", optimizer="muon"),
+            *(ours(f"Thinker, eager {one}", compile="off", precision=one) for one in reversed(PRECISIONS)),
             *PEERS,
             *TUTORIALS,
-            Contestant(PRODUCTS, "benchmarks.contestants.limit:products", {"dtype": "bfloat16"}),
+            Contestant(PRODUCTS, "benchmarks.contestants.limit:products", {"dtype": FAST}),
         ),
         judge,
     ),

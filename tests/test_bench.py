@@ -403,7 +403,7 @@ def test_targets(target: Target, value: float, met: str) -> None:
     assert target.met(value) == met
 
 
-MACHINE = {"processor": "Some CPU", "cores": 2, "system": "Linux", "python": "3.11"}
+MACHINE = {"processor": "Some CPU", "instructions": "AVX2", "cores": 2, "system": "Linux", "python": "3.11"}
 
 
 def match(name: str, figure: Figure | None) -> Match:

@@ -22,11 +22,23 @@ def one_row():
 @pytest.mark.parametrize("faster", ["float32", "bfloat16"])
 def test_precision_is_what_the_probe_found_faster(monkeypatch, faster):
     """Bug: bfloat16 is taken on a processor where it is twice as slow."""
+    monkeypatch.setattr(room, "bfloat16_cost", lambda: 0.5)
     monkeypatch.setattr(room, "probe", lambda module, batch, device, name: 1.0 if name == faster else 2.0)
     decisions = decide(TrainConfig(steps=10), NextTokenLoss(ThinkerLM(CONFIG)), one_row(), "cpu")
     assert decisions.precision == faster
     assert decisions.seconds_per_step == 8.0  # eight rows
     assert any(faster in reason and "faster" in reason for reason in decisions.reasons)
+
+
+def test_what_a_processor_emulates_is_not_probed(monkeypatch):
+    """Bug: a processor without bfloat16 takes half a minute to find out that it is ten times as slow."""
+    monkeypatch.setattr(room, "bfloat16_cost", lambda: 6.9)
+    probed = []
+    monkeypatch.setattr(room, "probe", lambda module, batch, device, name: probed.append(name) or 1.0)
+    decisions = decide(TrainConfig(steps=10), NextTokenLoss(ThinkerLM(CONFIG)), one_row(), "cpu")
+    assert probed == ["float32"]
+    assert decisions.precision == "float32"
+    assert decisions.reasons[0] == "float32: this processor emulates bfloat16, 6.9 times the time a product"
 
 
 def test_probing_changes_no_parameter():

@@ -11,7 +11,7 @@ from thinker.config import ThinkerConfig
 from thinker.train.config import TrainConfig, read_settings
 from thinker.train.decide import repeatable
 from thinker.train.loop import fit
-from thinker.train.recipes import choose, choose_rows, rounded, with_choices
+from thinker.train.recipes import choose, choose_first, rounded, with_choices
 from thinker.train.start import begin, resume
 
 TINY = ThinkerConfig()
@@ -26,7 +26,7 @@ def chosen(config=TINY, settings=None, given=(), steps=1000.0, epochs=0.5):
 def test_what_a_person_set_stays():
     """Bug: a recipe overrides a flag, or a value that happens to equal the default counts as unset."""
     settings = TrainConfig(lr=3e-3, schedule="cosine", warmup=0.0, early_stop=0, beta2=0.9, batch_size=8)
-    assert choose_rows(TINY, settings) == []
+    assert choose_first(TINY, settings, {"use_qk_norm"}) == []
     left = chosen(settings=settings, given={"dropout"}, epochs=9.0)
     assert left == {"muon_lr": 1e-2, "weight_decay": 0.0}
     assert "beta2_tokens" not in chosen(settings=TrainConfig(beta2_tokens=9.0))
@@ -34,10 +34,25 @@ def test_what_a_person_set_stays():
 
 def test_rows_follow_the_width():
     """Bug: rows without regard to the context, so that a short one makes steps of a few hundred tokens."""
-    assert choose_rows(TINY, TrainConfig())[0].values == {"batch_size": 4}
-    wide = TINY.changed(d_model=512, ctx_len=256)
-    assert choose_rows(wide, TrainConfig())[0].values == {"batch_size": 16}
-    assert choose_rows(TINY.changed(ctx_len=1 << 16), TrainConfig())[0].values == {"batch_size": 2}
+
+    def rows(config):
+        return choose_first(config, TrainConfig(), set())[-1].values
+
+    assert rows(TINY) == {"batch_size": 4}
+    assert rows(TINY.changed(d_model=512, ctx_len=256)) == {"batch_size": 16}
+    assert rows(TINY.changed(ctx_len=1 << 16)) == {"batch_size": 2}
+
+
+def test_a_new_network_has_qk_norm_where_other_programs_know_it():
+    """Bug: the recipe's best part is left to who knows the flag, or given to a trained model that has none."""
+
+    def first(config=TINY, settings=None, given=()):
+        return {n: v for c in choose_first(config, settings or TrainConfig(), set(given)) for n, v in c.values.items()}
+
+    assert first()["use_qk_norm"] is first(TINY.changed(use_moe=True))["use_qk_norm"] is True
+    assert "use_qk_norm" not in first(given={"use_qk_norm"}), "a person's word stays"
+    assert "use_qk_norm" not in first(settings=TrainConfig(init="somewhere"))
+    assert "use_qk_norm" not in first(TINY.changed(use_swiglu=False)), "no other program has the plain MLP with it"
 
 
 def test_dropout_that_costs_bits_is_said():
@@ -134,9 +149,7 @@ def test_a_model_of_the_best_recipe_has_the_same_loss_in_transformers(text, tmp_
     """Bug: what the recipe relies on (QK-norm, a best state other than the last) is lost on publishing."""
     import transformers
 
-    architecture = ThinkerConfig(
-        vocab_size=300, n_layers=2, d_model=32, n_heads=2, d_ff=64, ctx_len=32, use_qk_norm=True
-    )
+    architecture = ThinkerConfig(vocab_size=300, n_layers=2, d_model=32, n_heads=2, d_ff=64, ctx_len=32)
     settings = TrainConfig(data=(str(text),), out=tmp_path / "run", steps=120, precision="float32", compile="off")
     with repeatable(None):
         run = begin(architecture, settings, set(), quiet)

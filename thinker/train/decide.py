@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -32,6 +33,8 @@ DTYPES: dict[Precision, torch.dtype] = {
 
 # A compiled step takes about two thirds of the time; compiling, some 25 seconds.
 COMPILE_PAYS_AFTER = 120.0  # seconds of training still to come
+# Where a product takes so many times as long in bfloat16, it is emulated, and a step would take ten times as long.
+EMULATED = 2.0
 
 
 @dataclass(frozen=True)
@@ -96,13 +99,14 @@ def decide(
         seconds = rows * probe(module, one_row, device, precision)
         reasons.append(f"{precision}: what this accelerator is built for")
     else:
-        timed: dict[Precision, float] = {
-            name: rows * probe(module, one_row, device, name) for name in ("float32", "bfloat16")
-        }
+        timed = {name: rows * probe(module, one_row, device, name) for name in worth_probing()}
         precision = min(timed, key=lambda name: timed[name])
         seconds = timed[precision]
-        both = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in timed.items())
-        reasons.append(f"{precision}: faster in a probe of two steps each ({both} a step)")
+        if len(timed) > 1:
+            both = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in timed.items())
+            reasons.append(f"{precision}: faster in a probe of two steps each ({both} a step)")
+        else:
+            reasons.append(f"float32: this processor emulates bfloat16, {bfloat16_cost():.1f} times the time a product")
 
     limit_steps, limit_seconds = run.limit
     ahead = limit_seconds if limit_seconds is not None else (limit_steps or 0) * seconds
@@ -123,6 +127,26 @@ def decide(
         if compiled and hindrance is not None:
             raise ValueError(f"compile is 'on', but {hindrance}: use --compile off")
     return Decisions(device, precision, compiled, threads, seconds, tuple(reasons), versions())
+
+
+def worth_probing() -> tuple[Precision, ...]:
+    """The precisions among which a probe decides on a processor: not bfloat16 where it is emulated."""
+    return ("float32", "bfloat16") if bfloat16_cost() < EMULATED else ("float32",)
+
+
+@cache
+def bfloat16_cost() -> float:
+    """How many times as long a product of matrices takes in bfloat16 as in float32, on this processor."""
+    taken = []
+    for dtype in (torch.float32, torch.bfloat16):
+        rows, weight = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            torch.nn.functional.linear(rows, weight)
+            times.append(time.perf_counter() - start)
+        taken.append(min(times))
+    return taken[1] / taken[0]
 
 
 def probe(module: NextTokenLoss | SplicedLoss, batch: tuple[Tensor, ...], device: str, precision: Precision) -> float:

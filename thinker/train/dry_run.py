@@ -26,7 +26,7 @@ from .decide import Decisions, Precision, choose_device, decide, versions
 from .estimate import Estimate, Plan, changes, measured
 from .ingredients import batches_of, ingredients
 from .loop import take_step
-from .recipes import COMPILED_GAIN, choose_rows, with_choices
+from .recipes import COMPILED_GAIN, choose_first, with_choices
 from .rehearsal import PARTS
 from .start import with_recipe
 
@@ -113,9 +113,8 @@ def dry_run(
     found = ingredients(config, settings, given, say)
     if found.senses is not None:
         raise ValueError("--dry-run works out what text takes, not pictures and sounds: drop it, or the media")
-    config, corpus = found.config, found.corpus
-    choices = choose_rows(config, settings)
-    settings, config = with_choices(settings, config, choices)
+    corpus, choices = found.corpus, choose_first(found.config, settings, fixed)
+    settings, config = with_choices(settings, found.config, choices)
     batches = batches_of(corpus, settings, config, say)
     device = choose_device("auto") if settings.device == "auto" else settings.device
     here, free = torch.device(device).type == "cpu", free_memory()

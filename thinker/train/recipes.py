@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import ThinkerConfig
+from ..formats.huggingface import expressible
 from .config import BETA2_TOKENS, TrainConfig
 
 # More tokens a step mean fewer steps, and steps are what a short run lacks: in the sweeps fewer rows were worth more
@@ -38,13 +39,21 @@ class Choice:
         return f"{chosen}: {self.reason}" if chosen else self.reason
 
 
-def choose_rows(config: ThinkerConfig, settings: TrainConfig) -> list[Choice]:
-    """Rows of a batch, before anything is known of the machine."""
-    if settings.model_fields_set & {"batch_size", "accumulate"}:
-        return []
-    rows = max(2, round(TOKENS_PER_WIDTH * config.d_model / config.ctx_len))
-    why = f"{rows * config.ctx_len:,} tokens a step, few enough for many steps, enough to repay Muon's update"
-    return [Choice({"batch_size": rows}, why)]
+def choose_first(config: ThinkerConfig, settings: TrainConfig, given: set[str]) -> list[Choice]:
+    """What the network is made with, and rows of a batch, before anything is known of the machine.
+
+    `given` names what a person set of the architecture.
+    """
+    choices = []
+    normed = config.changed(use_qk_norm=True)
+    if settings.init is None and "use_qk_norm" not in given and expressible(normed) is None:
+        why = "learns more from the same text; published as a Qwen3 model, not a Llama"
+        choices.append(Choice({"use_qk_norm": True}, why))
+    if not settings.model_fields_set & {"batch_size", "accumulate"}:
+        rows = max(2, round(TOKENS_PER_WIDTH * config.d_model / config.ctx_len))
+        why = f"{rows * config.ctx_len:,} tokens a step, few enough for many steps, enough to repay Muon's update"
+        choices.append(Choice({"batch_size": rows}, why))
+    return choices
 
 
 def choose(

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_iter
 
 from .. import attention
 from .allocator import Heap
-from .decide import Precision, probe
+from .decide import Precision, probe, worth_probing
 from .loop import take_step
 from .run import Run
 
@@ -192,14 +192,14 @@ def rehearse(make: Callable[[], Run], steps: int = STEPS, accelerator: bool = Fa
     where every tensor that is made is one without values. Nothing is read from the run's folder, nor written to it. On
     an accelerator attention is one kernel, and the heap another's.
     """
-    heap = Heap(known=not accelerator)
+    heap, precisions = Heap(known=not accelerator), worth_probing()  # which takes true tensors
     with heap.in_small_pages(), _fused_attention(accelerator), FakeTensorMode(allow_non_fake_inputs=True):
         ledger = Ledger(heap)
         with ledger:
             run = make()
             ledger.compiled = run.decisions.compile
             _name_parts(run, ledger)
-            _probe(run)
+            _probe(run, precisions)
             ledger.grouped.clear()
             for _ in range(steps):
                 take_step(run, run.module, 1.0)
@@ -246,11 +246,10 @@ def _name_parts(run: Run, ledger: Ledger) -> None:
         optimizer.register_step_post_hook(enter(ACTIVATIONS))
 
 
-def _probe(run: Run) -> None:
+def _probe(run: Run, precisions: tuple[Precision, ...]) -> None:
     """What deciding on a precision takes, and the programs that it leaves behind."""
     one_row = tuple(torch.from_numpy(part[:1]) for part in run.batches.batch(0))
-    names: tuple[Precision, ...] = ("float32", "bfloat16")
-    for name in names if run.settings.precision == "auto" else (run.decisions.precision,):
+    for name in precisions if run.settings.precision == "auto" else (run.decisions.precision,):
         probe(run.module, one_row, "cpu", name)
 
 

@@ -29,7 +29,7 @@ from .decide import Decisions, choose_device, decide
 from .ingredients import batches_of, corpus_of, ingredients
 from .memory import checkpoint_activations
 from .optim import build_optimizers, restore_optimizers
-from .recipes import COMPILED_GAIN, Choice, choose, choose_rows, with_choices
+from .recipes import COMPILED_GAIN, Choice, choose, choose_first, with_choices
 from .run import Best, Run, Say, TrainingBatches, fingerprint_of, loss_of
 from .senses import Trained
 
@@ -51,7 +51,8 @@ def begin(config: ThinkerConfig, settings: TrainConfig, given: set[str], say: Sa
     if training.latest(folder) is not None:
         raise ValueError(f"{folder} already holds a run: go on with --resume, or name another folder with --out")
     found = ingredients(config, settings, given, say)
-    config, corpus = found.config, found.corpus
+    corpus, choices = found.corpus, choose_first(found.config, settings, fixed)
+    settings, config = with_choices(settings, found.config, choices)
     torch.manual_seed(settings.seed)
     model = ThinkerLM(config)
     if found.parameters is not None:
@@ -61,8 +62,6 @@ def begin(config: ThinkerConfig, settings: TrainConfig, given: set[str], say: Sa
     senses = None if found.senses is None else Senses(found.senses, config.d_model).to(device)
     if senses is not None and found.taught is not None:
         take_over(senses, found.taught.config, found.taught.tensors)
-    choices = choose_rows(config, settings)
-    settings, _ = with_choices(settings, config, choices)
     batches = batches_of(corpus, settings, config, say)
     one_row = tuple(torch.from_numpy(part[:1]).to(device) for part in batches.batch(0))
     decisions = decide(settings, loss_of(model, senses, corpus, settings), one_row, device)
@@ -81,7 +80,7 @@ def with_recipe(
     choices: list[Choice],
     batches: TrainingBatches,
 ) -> tuple[ThinkerConfig, TrainConfig, Decisions]:
-    """Everything with what is chosen for the run's length, and with the reasons of all choices, those of rows too.
+    """Everything with what is chosen for the run's length, and with the reasons of all choices, the first too.
 
     `fixed` names what a person set of the architecture.
     """
