@@ -113,13 +113,15 @@ def test_tables_of_what_is_committed() -> None:
             (bits.OURS, "x", 2.5),
             (f"{bits.ADAMW}: lr 1", "x", 2.5),
             (f"{bits.ADAMW}: lr 2", "x", 4.0),
+            (bits.LLAMA, "x", 4.0),
             (bits.OURS, "y", 9.0),
         )
     ]
-    rows = [line.split("|")[-3:-1] for line in bits.table({"runs": runs}).splitlines()[2:]]
+    rows = [line.split("|")[-4:-1] for line in bits.table({"runs": runs}).splitlines()[2:]]
     assert [[cell.strip() for cell in row] for row in rows] == [
-        ["2.500", "+0.0%"],
-        ["4.000", "+60.0%"],
-        ["2.000 ± 0.707", "-20.0%"],
-        ["9.000", ""],
+        ["4.000", "+60.0%", "+0.0%"],
+        ["2.500", "+0.0%", "-37.5%"],
+        ["4.000", "+60.0%", "+0.0%"],
+        ["2.000 ± 0.707", "-20.0%", "-50.0%"],
+        ["9.000", "", ""],
     ]

@@ -1,12 +1,13 @@
 """Bits per byte after ten minutes of the tiny configuration: AdamW with a cosine, tuned, and Thinker's recipe.
 
-    python -m benchmarks.learning.bits [--data tinystories stdlib] [--share 0.25] [--seeds 0] [--tune] [--clock]
+    python -m benchmarks.learning.bits [--data tinystories stdlib] [--share 0.25] [--seeds 0] [--sides NAME …]
 
-Both sides have the same network, QK-norm and zero output projections included, the same text and dropout, compiled in
-bfloat16, and where text is seen again the best of twelve looks counts for both. A shared machine makes runs by the
-clock unfair, so each side gets the tokens that ten minutes give it: 6,500 tokens/s for AdamW, and for Thinker's recipe
-less by the ratio of the two speeds, measured in turns. `--clock` trains each for the minutes themselves. `--share`
-takes a part of the budget, `--tune` other settings of both sides.
+Both sides have zero output projections, the same text and dropout, and where text is seen again the best of twelve
+looks counts for both. AdamW has the network twice: with QK-norm, which the recipe chooses, and without it, as a Llama.
+
+A shared machine makes runs by the clock unfair, so each side gets the tokens that ten minutes give it: 6,500 tokens/s
+for AdamW, and for Thinker's recipe less by the ratio of the two speeds, measured in turns. `--clock` trains each for
+the minutes themselves. `--share` takes a part of the budget, `--sides` some of the sides, or other settings of them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from thinker.config import ThinkerConfig
 from thinker.data.shards import Corpus, prepare
 from thinker.train.config import TrainConfig
+from thinker.train.decide import worth_probing
 from thinker.train.held_out import LOOKS
 from thinker.train.recipes import dropout_for
 from thinker.train.run import Run
@@ -35,15 +37,21 @@ RESULTS = HERE / "bits.json"
 SECONDS = 600.0
 ADAMW_TOKENS_PER_SECOND = 6500  # of the tiny configuration on the two quiet cores that the aims were set on
 LOOKS_AT_NEW_TEXT = 5  # which only draw the curve
+PRECISION = worth_probing()[-1]  # what this processor is fast in
 LOOK_TOKENS = 5000  # of a look along the way, about
 ADAMW, OURS = "AdamW, cosine", "Thinker's recipe"
+LLAMA = f"{ADAMW}, no QK-norm"
 TINY = ThinkerConfig.model_validate({"dropout": 0.0, "use_qk_norm": True})
 
-# As nanoGPT and many after it set AdamW; lr and rows are what --tune found best, of those that it has tried.
+# As nanoGPT and many after it set AdamW; lr and rows are the best that were found, of those in `TUNED`.
 PLAIN = {"optimizer": "adamw", "schedule": "cosine", "warmup": 0.05, "beta2": 0.95, "weight_decay": 0.1}
 PLAIN |= {"lr": 8e-3, "batch_size": 4}
 RECIPE = {"optimizer": "muon", "schedule": "linear", "warmup": 0.02, "lr": 3e-3, "muon_lr": 1e-2, "batch_size": 4}
+BARE = PLAIN | {"use_qk_norm": False, "lr": 4e-3}
+SIDES: dict[str, dict[str, Any]] = {ADAMW: PLAIN, OURS: RECIPE, LLAMA: BARE}
 TUNED: dict[str, dict[str, Any]] = {
+    f"{LLAMA}: lr 0.002": BARE | {"lr": 2e-3},
+    f"{LLAMA}: lr 0.008": BARE | {"lr": 8e-3},
     "AdamW, cosine: 8 rows, lr 0.002": PLAIN | {"batch_size": 8, "lr": 2e-3},
     "AdamW, cosine: lr 0.002": PLAIN | {"lr": 2e-3},
     "AdamW, cosine: lr 0.004": PLAIN | {"lr": 4e-3},
@@ -58,8 +66,11 @@ TUNED: dict[str, dict[str, Any]] = {
 def contestant(corpus: Corpus, seed: int, chosen: dict[str, Any], tokens: float = 0) -> Run:
     """A run of the tiny configuration on a text, at step 0; dropout as so many tokens of it ask for."""
     config = TINY.changed(vocab_size=corpus.tokenizer.vocab_size, dropout=dropout_for(tokens / len(corpus.train)))
-    settings = TrainConfig.model_validate({"batch_size": 8, "seed": seed} | chosen)
-    return rehearse(config, settings, Text(corpus.train, corpus.valid), "bfloat16", compiled=True)
+    of_network = {name: value for name, value in chosen.items() if name in ThinkerConfig.model_fields}
+    of_run = {name: value for name, value in chosen.items() if name not in of_network}
+    settings = TrainConfig.model_validate({"batch_size": 8, "seed": seed} | of_run)
+    text = Text(corpus.train, corpus.valid)
+    return rehearse(config.changed(**of_network), settings, text, PRECISION, compiled=True)
 
 
 def main() -> None:
@@ -68,9 +79,8 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=["tinystories", "stdlib"])
     parser.add_argument("--share", type=float, default=1.0, help="of the ten minutes' tokens")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--tune", action="store_true", help="candidates of both sides instead of the two sides")
     # Not --only: torch's compiler looks for that flag on any command line, and writes its value into code.
-    parser.add_argument("--names", nargs="+", default=list(TUNED), choices=list(TUNED), help="of the candidates")
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=[*SIDES, *TUNED], metavar="NAME")
     parser.add_argument("--clock", action="store_true", help="by the clock instead of by tokens: for a quiet machine")
     parser.add_argument("--speeds", action="store_true", help="measure the ratio of the speeds again, in turns")
     parser.add_argument("--threads", type=int, default=1)
@@ -84,13 +94,10 @@ def main() -> None:
         adamw, muon = seconds_in_turns(pair, rounds=4, steps=2)
         results |= {"ratio": adamw / muon, "seconds_a_step": {ADAMW: adamw, OURS: muon}}
         write(results)
-    if options.tune:
-        sides = {name: TUNED[name] for name in options.names}
-    else:
-        sides = {ADAMW: PLAIN, OURS: RECIPE}
     for seed in options.seeds:
         for data, corpus in corpora.items():
-            for name, chosen in sides.items():
+            for name in options.sides:
+                chosen = (SIDES | TUNED)[name]
                 key = {"name": name, "seed": seed, "data": data, "share": options.share, "clock": options.clock}
                 if any(all(one[part] == value for part, value in key.items()) for one in results["runs"]):
                     continue
@@ -108,7 +115,7 @@ def main() -> None:
                 done = train(run, name, LOOKS if repeats else LOOKS_AT_NEW_TEXT, sparse, keep_best=repeats)
                 bits = [look.loss / math.log(2) * corpus.tokens_per_byte for look in done.looks]
                 print(f"{data}, {name}, seed {seed}: {bits[-1]:.4f} bits per byte, {done.looks[-1]}", flush=True)
-                results["runs"].append(done.to_json() | key | {"bits_per_byte": bits})
+                results["runs"].append(done.to_json() | key | {"precision": PRECISION, "bits_per_byte": bits})
                 write(results)
     draw(results, options.share)
     print(table(results))
@@ -128,16 +135,15 @@ def draw(results: dict[str, Any], share: float) -> None:
             if one["data"] == data and one["share"] == share
         ]
         pictures.learning(
-            HERE / f"bits_{data}.png", runs, [ADAMW, OURS], "tokens", value="bits per byte of held-out text"
+            HERE / f"bits_{data}.png", runs, list(SIDES), "tokens", value="bits per byte of held-out text"
         )
 
 
 def table(results: dict[str, Any]) -> str:
     """Markdown: every text, share and recipe, and how many bits fewer than the best that AdamW had there."""
-    lines = [
-        "| text | share of ten minutes | recipe | seeds | tokens | bits per byte | against the best AdamW |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rivals = {"against the best AdamW": ADAMW, "against the best without QK-norm": LLAMA}
+    head = ["text", "share of ten minutes", "recipe", "seeds", "tokens", "bits per byte", *rivals]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     groups: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
     for one in results["runs"]:
         groups.setdefault((one["data"], one["share"], one["name"]), []).append(one)
@@ -146,11 +152,11 @@ def table(results: dict[str, Any]) -> str:
         values = bits[data, share, name]
         spread = f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else ""
         tokens = runs[0]["looks"][-1]["tokens"]
-        rivals = [bits[key].mean() for key in groups if key[:2] == (data, share) and key[2].startswith(ADAMW)]
-        against = f"{values.mean() / min(rivals) - 1:+.1%}" if rivals else ""
-        lines.append(
-            f"| {data} | {share:g} | {name} | {len(runs)} | {tokens:,} | {values.mean():.3f}{spread} | {against} |"
-        )
+        cells = [data, f"{share:g}", name, str(len(runs)), f"{tokens:,}", f"{values.mean():.3f}{spread}"]
+        for rival in rivals.values():
+            theirs = [bits[key].mean() for key in groups if key[:2] == (data, share) and key[2].startswith(rival)]
+            cells.append(f"{values.mean() / min(theirs) - 1:+.1%}" if theirs else "")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

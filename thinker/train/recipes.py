@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import ThinkerConfig
-from ..formats.huggingface import expressible
+from ..formats.huggingface_config import expressible, family_of
 from .config import BETA2_TOKENS, TrainConfig
 
 # More tokens a step mean fewer steps, and steps are what a short run lacks: in the sweeps fewer rows were worth more
@@ -47,7 +47,8 @@ def choose_first(config: ThinkerConfig, settings: TrainConfig, given: set[str]) 
     choices = []
     normed = config.changed(use_qk_norm=True)
     if settings.init is None and "use_qk_norm" not in given and expressible(normed) is None:
-        why = "learns more from the same text; published as a Qwen3 model, not a Llama"
+        classes = f"{family_of(normed).class_name} and not {family_of(config).class_name}"
+        why = f"learns more from the same text; the model is a {classes}"
         choices.append(Choice({"use_qk_norm": True}, why))
     if not settings.model_fields_set & {"batch_size", "accumulate"}:
         rows = max(2, round(TOKENS_PER_WIDTH * config.d_model / config.ctx_len))

@@ -1,8 +1,8 @@
 """Decoding with kernels that Numba compiles for this processor: no torch, and no compiler to install.
 
 `decoder.py` is the door; `forward.py` the network with its two halves `attention.py` and `mlp.py`; `product.py` the one
-matrix product and `rows.py` what is done to single rows, both of `vectors.py`; `layout.py` and `packing.py` the memory,
-`team.py` the threads and `member.py` what they run.
+matrix product and `rows.py` what is done to single rows, both of `vectors.py` and shaped for what `processor.py` finds;
+`layout.py` and `packing.py` the memory, `team.py` the threads and `member.py` what they run.
 """
 
 from __future__ import annotations
