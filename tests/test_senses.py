@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ import soundfile
 import torch
 from conftest import randomise
 from PIL import Image
+from rich.console import Console
 
 from thinker import ThinkerConfig, ThinkerLM, Tokenizer, load
 from thinker.answers import answers, conversations_of, share
@@ -33,6 +35,7 @@ from thinker.train.decide import repeatable
 from thinker.train.loop import fit
 from thinker.train.run import Run
 from thinker.train.senses import draws_for, occurrences
+from thinker.train.senses_summary import summarise_senses
 from thinker.train.start import begin, resume
 
 CONFIG = ThinkerConfig(vocab_size=320, n_layers=2, d_model=32, n_heads=2, d_ff=48, ctx_len=96, dropout=0.1)
@@ -402,6 +405,16 @@ def test_exact_answers_are_counted(folder, data, tmp_path, capsys):
     assert share(answers(llm, conversations_of(str(path)), max_new_tokens=6)) == 0.5
     eval.run(parse(eval.Options, "eval", [str(folder), "--chat", "--data", str(path), "--json"]))
     assert json.loads(capsys.readouterr().out)["exact_match"][str(path)]["asked"] == 6
+
+
+def test_results_in_a_file_stand_line_by_line(folder, data, monkeypatch):
+    """Catches a bar that leaves an empty line between two results where nobody sees bars."""
+    monkeypatch.setattr("thinker.train.senses_summary.answers", lambda llm, some, _: answers(llm, some[:2], 2))
+    out = io.StringIO()
+    summarise_senses(folder, [str(data), str(data)], Console(file=out, width=500))
+    heading, *results = out.getvalue().strip().splitlines()[:3]
+    assert heading.endswith("exact answers:")
+    assert all("% of " in line for line in results)
 
 
 def test_features_computed_once_train_as_well(folder, data, tmp_path, capsys):

@@ -40,7 +40,9 @@ def summarise_senses(folder: Path, data: Sequence[str], console: Console) -> dic
         if not any(conversation.media for conversation in conversations):
             continue
         given: list[Answer] = []
-        for start in track(range(0, len(conversations), 32), f"asking {name}", console=console, transient=True):
+        starts = range(0, len(conversations), 32)
+        quiet = not console.is_interactive  # where a bar would leave an empty line
+        for start in track(starts, f"asking {name}", console=console, transient=True, disable=quiet):
             given += answers(llm, conversations[start : start + 32], ANSWER_TOKENS)
         report[name] = {"asked": len(given), "exact": share(given)}
         console.print(f"  {name:14} [bold]{share(given):6.1%}[/] of {len(given)}", highlight=False)

@@ -200,7 +200,7 @@ def _tile(rows: int, outputs: int, dots: bool = DOTS) -> Any:
 
 
 tall, low = _tile(TALL, BESIDE), _tile(LOW, PANEL)
-four_panels, two_panels, one_panel = _tile(1, ABREAST * PANEL), _tile(1, 2 * PANEL), _tile(1, PANEL)
+four_panels, two_panels, one_panel = _tile(1, 4 * PANEL), _tile(1, 2 * PANEL), _tile(1, PANEL)
 
 
 def product(x, x_at, x_step, rows, w, w_at, w_step, panels, abreast, kind, scales, k, out, out_at, out_step):  # type: ignore[no-untyped-def]
