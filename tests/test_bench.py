@@ -420,7 +420,7 @@ def test_results_are_written_and_merged(tmp_path: Path) -> None:
         tmp_path, {"one": results.as_json(first, met, MACHINE), "two": results.as_json(second, alone, MACHINE)}
     )
     text = (tmp_path / "RESULTS.md").read_text()
-    assert "Some CPU, 2 cores, Linux, Python 3.11" in text
+    assert "Some CPU (AVX2), 2 cores, Linux, Python 3.11" in text
     assert "| speed of one | 3.5 × (3 to 4) | 2 × | 3 × | dream | ours / peer | `one` |" in text
     assert "| speed of two | – | 2 × | 3 × | not measured |  | `two` |" in text
     assert "| ours | 2,000 | 1,500 to 2,500 | 1 MB | threads 2 |" in text
