@@ -24,20 +24,18 @@ import torch
 from thinker.config import ThinkerConfig
 from thinker.data.shards import Corpus, prepare
 from thinker.train.config import TrainConfig
-from thinker.train.decide import worth_probing
 from thinker.train.held_out import LOOKS
 from thinker.train.recipes import dropout_for
 from thinker.train.run import Run
 
 from . import pictures
-from .runs import Text, rehearse, seconds_in_turns, train
+from .runs import FAST, Text, rehearse, seconds_in_turns, train
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "bits.json"
 SECONDS = 600.0
 ADAMW_TOKENS_PER_SECOND = 6500  # of the tiny configuration on the two quiet cores that the aims were set on
 LOOKS_AT_NEW_TEXT = 5  # which only draw the curve
-PRECISION = worth_probing()[-1]  # what this processor is fast in
 LOOK_TOKENS = 5000  # of a look along the way, about
 ADAMW, OURS = "AdamW, cosine", "Thinker's recipe"
 LLAMA = f"{ADAMW}, no QK-norm"
@@ -70,7 +68,7 @@ def contestant(corpus: Corpus, seed: int, chosen: dict[str, Any], tokens: float 
     of_run = {name: value for name, value in chosen.items() if name not in of_network}
     settings = TrainConfig.model_validate({"batch_size": 8, "seed": seed} | of_run)
     text = Text(corpus.train, corpus.valid)
-    return rehearse(config.changed(**of_network), settings, text, PRECISION, compiled=True)
+    return rehearse(config.changed(**of_network), settings, text, FAST, compiled=True)
 
 
 def main() -> None:
@@ -115,7 +113,7 @@ def main() -> None:
                 done = train(run, name, LOOKS if repeats else LOOKS_AT_NEW_TEXT, sparse, keep_best=repeats)
                 bits = [look.loss / math.log(2) * corpus.tokens_per_byte for look in done.looks]
                 print(f"{data}, {name}, seed {seed}: {bits[-1]:.4f} bits per byte, {done.looks[-1]}", flush=True)
-                results["runs"].append(done.to_json() | key | {"precision": PRECISION, "bits_per_byte": bits})
+                results["runs"].append(done.to_json() | key | {"precision": FAST, "bits_per_byte": bits})
                 write(results)
     draw(results, options.share)
     print(table(results))
