@@ -41,8 +41,8 @@ ADAMW, OURS = "AdamW, cosine", "Thinker's recipe"
 LLAMA = f"{ADAMW}, no QK-norm"
 TINY = ThinkerConfig.model_validate({"dropout": 0.0, "use_qk_norm": True})
 
-# As nanoGPT and many after it set AdamW; lr and rows are the best that were found, of those in `TUNED`. BARE's rate is a
-# guess between the two there, which are still to be run.
+# As nanoGPT and many after it set AdamW; lr and rows are the best that were found, of those in `TUNED`. BARE's rate is
+# a guess between the two there, which are still to be run.
 PLAIN = {"optimizer": "adamw", "schedule": "cosine", "warmup": 0.05, "beta2": 0.95, "weight_decay": 0.1}
 PLAIN |= {"lr": 8e-3, "batch_size": 4}
 RECIPE = {"optimizer": "muon", "schedule": "linear", "warmup": 0.02, "lr": 3e-3, "muon_lr": 1e-2, "batch_size": 4}
