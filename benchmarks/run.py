@@ -45,8 +45,11 @@ def main(
         parser.error(f"no match is called {unknown[0]!r}: choose among {', '.join(known)}")
     if options.rounds is not None and options.rounds < 1:
         parser.error(f"--rounds is {options.rounds}: at least 1 is needed")
-    if folder is not None or options.out is not None:
-        folder = options.out or (ROOT / "build" / "benchmarks" if options.quick else folder)
+    if options.out is not None:
+        folder = options.out
+    elif options.quick and folder is not None:
+        folder = ROOT / "build" / "benchmarks"
+    if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     # So that contestants end with this process, however it is ended.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))

@@ -15,8 +15,8 @@ from typing import Any
 
 from thinker.bench import costs
 from thinker.config import ThinkerConfig
-from thinker.train.decide import worth_probing
 
+from .precision import fast
 from .results import Figure, Line, Match, Results, Target, ratio, scaled
 from .run import main
 from .turns import ROOT, Contestant
@@ -25,7 +25,7 @@ ROWS = 8
 TINY = ThinkerConfig.model_validate({"dropout": 0.0})
 SHAPE = {name: getattr(TINY, name) for name in ("vocab_size", "n_layers", "d_model", "n_heads", "d_ff")}
 SHAPE |= {"batch": ROWS, "length": TINY.ctx_len}
-FAST = worth_probing()[-1]
+FAST = fast()
 PRECISIONS = dict.fromkeys(("float32", FAST))  # one, or two
 OURS, PRODUCTS = f"Thinker, compiled {FAST}", f"{FAST} products, operations/s"
 

@@ -182,13 +182,14 @@ def test_a_row_is_rounded_to_the_nearest_step(dots):
 
 
 @pytest.mark.parametrize("instructions", ["fours of bytes", "pairs of int16", "none"])
-def test_products_of_bytes_are_exact(instructions, monkeypatch):
+@pytest.mark.parametrize("outputs", [64, 16])
+def test_products_of_bytes_are_exact(instructions, outputs, monkeypatch):
     """Bug: bytes are taken for signed, sums overflow, or processors without an instruction have other numbers."""
     dots = instructions == "fours of bytes"
     if (dots and not processor.DOTS) or (instructions == "pairs of int16" and not processor.PAIRS):
         pytest.skip("this processor has no such instruction")
     monkeypatch.setattr(product, "PAIRS", instructions == "pairs of int16")
-    tile, group = product._tile(2, 64, dots), 4 if dots else 2
+    tile, group = product._tile(2, outputs, dots), 4 if dots else 2
     rng = np.random.default_rng(0)
     k, step = 96, 2 * 96 + 24
     whole = rng.integers(-32512, 32513, (2, 3, 32))  # row, block, input
@@ -208,7 +209,9 @@ def test_products_of_bytes_are_exact(instructions, monkeypatch):
 
     @njit
     def multiply(x, w, scales, out):
-        tile(x, 0, step, w, 0, 32 * k, 0, product.Q8, scales, k, out, 0, 64)
+        for at in range(0, 64, outputs):  # whole panels, or parts of them one by one
+            panel = at // 32 * 32
+            tile(x, 0, step, w, panel * k, 32 * k, at - panel, product.Q8, scales, k, out, at, 64)
 
     multiply(rows.ctypes.data, laid.ctypes.data, scales.ctypes.data, out.ctypes.data)
     sums = np.einsum("rbi,pobi->rpob", whole, weights).astype(np.float32)  # each rounded once

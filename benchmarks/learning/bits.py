@@ -28,8 +28,9 @@ from thinker.train.held_out import LOOKS
 from thinker.train.recipes import dropout_for
 from thinker.train.run import Run
 
+from ..precision import fast
 from . import pictures
-from .runs import FAST, Text, rehearse, seconds_in_turns, train
+from .runs import Text, rehearse, seconds_in_turns, train
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "bits.json"
@@ -69,7 +70,7 @@ def contestant(corpus: Corpus, seed: int, chosen: dict[str, Any], tokens: float 
     of_run = {name: value for name, value in chosen.items() if name not in of_network}
     settings = TrainConfig.model_validate({"batch_size": 8, "seed": seed} | of_run)
     text = Text(corpus.train, corpus.valid)
-    return rehearse(config.changed(**of_network), settings, text, FAST, compiled=True)
+    return rehearse(config.changed(**of_network), settings, text, fast(), compiled=True)
 
 
 def main() -> None:
@@ -114,7 +115,7 @@ def main() -> None:
                 done = train(run, name, LOOKS if repeats else LOOKS_AT_NEW_TEXT, sparse, keep_best=repeats)
                 bits = [look.loss / math.log(2) * corpus.tokens_per_byte for look in done.looks]
                 print(f"{data}, {name}, seed {seed}: {bits[-1]:.4f} bits per byte, {done.looks[-1]}", flush=True)
-                results["runs"].append(done.to_json() | key | {"precision": FAST, "bits_per_byte": bits})
+                results["runs"].append(done.to_json() | key | {"precision": fast(), "bits_per_byte": bits})
                 write(results)
     draw(results, options.share)
     print(table(results))

@@ -23,8 +23,9 @@ from thinker.data.sources import open_sources
 from thinker.train.config import TrainConfig
 from thinker.train.run import Run
 
+from ..precision import fast
 from . import gpt2, pictures
-from .runs import FAST, Text, prepared, rehearse, seconds_in_turns, train
+from .runs import Text, prepared, rehearse, seconds_in_turns, train
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "nanogpt.json"
@@ -63,7 +64,7 @@ def ours(text: Text, seed: int, steps: int = 1000, compiled: bool = True, **sett
     config = ThinkerConfig.model_validate(SIZES | architecture)
     chosen = {"batch_size": 24, "lr": 3e-3, "muon_lr": 1e-2, "beta2": 0.95} | settings
     recipe = TrainConfig.model_validate(chosen | {"steps": steps, "seed": seed})
-    return rehearse(config, recipe, text, FAST, compiled)
+    return rehearse(config, recipe, text, fast(), compiled)
 
 
 def vocabulary(text: Text) -> int:

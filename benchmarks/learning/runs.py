@@ -25,13 +25,12 @@ from thinker.data.shards import Corpus
 from thinker.model import ThinkerLM
 from thinker.tokenizer import SMALLEST_VOCABULARY, Tokenizer
 from thinker.train.config import TrainConfig
-from thinker.train.decide import Decisions, Precision, versions, worth_probing
+from thinker.train.decide import Decisions, Precision, versions
 from thinker.train.loop import take_step, warm_up
 from thinker.train.optim import rate
 from thinker.train.run import Run
 from thinker.train.start import assemble
 
-FAST = worth_probing()[-1]  # precision on this processor: bfloat16 unless it is emulated
 ROWS_AT_ONCE = 64  # of a look
 SPARSE = 8  # looks along the way take one window in so many, unless a yardstick says otherwise
 

@@ -49,7 +49,7 @@ def product(dtype: str) -> Callable[[], object]:
     if dtype == "float32" and torch.backends.mkldnn.is_available():
         operands.append((a.to_mkldnn(), b.to_mkldnn()))
     tries = [torch.inference_mode()(partial(F.linear, *both)) for both in operands]
-    return min(tries, key=lambda product: fastest(product, 0.3)) if len(tries) > 1 else tries[0]
+    return min(tries, key=lambda one: fastest(one, 0.3)) if len(tries) > 1 else tries[0]
 
 
 def product_rate(dtype: str, seconds: float = 1.0) -> float:
