@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -143,6 +144,13 @@ def test_a_mistake_is_one_line_and_status_2(shell, folder, arguments, stdin, mes
     assert err.startswith("thinker: ")
     assert err.count("\n") == 1
     assert err.endswith("\n")
+
+
+def test_a_lack_of_memory_is_one_line_too(shell, folder):
+    """Catches the traceback of an allocator, which says nothing of what to do."""
+    status, out, err = shell("generate", folder, "a small", "--ctx-len", 10**15, "--backend", "native")
+    assert (status, out) == (2, "")
+    assert re.fullmatch(r"thinker: out of memory \(.+\): free some, or take a smaller model.*", err.splitlines()[-1])
 
 
 def test_a_reader_that_leaves_early_is_no_error(folder):

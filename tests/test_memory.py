@@ -1,14 +1,16 @@
 """Running out of memory in a step: the batch is halved, the step stays the same, and it is remembered."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from thinker.config import ThinkerConfig
+from thinker.train.allocator import ran_out_of_memory
 from thinker.train.config import TrainConfig
 from thinker.train.decide import repeatable
 from thinker.train.loop import fit, take_step
-from thinker.train.memory import ran_out_of_memory
 from thinker.train.start import begin, resume
 
 ARCHITECTURE = ThinkerConfig(vocab_size=300, n_layers=2, d_model=32, n_heads=2, d_ff=64, ctx_len=32, dropout=0.0)
@@ -166,3 +168,9 @@ def test_the_allocator_of_this_torch_is_recognised():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert ran_out_of_memory(caught.value)
+    with pytest.raises(MemoryError) as refused:
+        np.empty(1 << 60, np.uint8)
+    assert ran_out_of_memory(refused.value)
+    with pytest.raises(OSError) as missing:
+        Path("/nowhere/at/all").read_bytes()
+    assert not ran_out_of_memory(missing.value)

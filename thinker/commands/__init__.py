@@ -63,6 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         # The reader (`| head`) has what it wanted. Python would complain once more while closing stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
+    except (MemoryError, OSError, RuntimeError) as error:
+        from ..train.allocator import ran_out_of_memory
+
+        if not ran_out_of_memory(error):
+            raise
+        fail(f"out of memory ({error}): free some, or take a smaller model, --ctx-len or batch")
     sys.exit(status)
 
 

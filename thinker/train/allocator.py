@@ -1,4 +1,4 @@
-"""The memory of this process and of this machine, as the system counts it, and the C library's heap.
+"""The memory of this process and of this machine, as the system counts it, the C library's heap, and running out.
 
 What a training run needs of them is worked out in `rehearsal.py` and `estimate.py`.
 """
@@ -6,6 +6,7 @@ What a training run needs of them is worked out in `rehearsal.py` and `estimate.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import platform
 import re
@@ -22,6 +23,8 @@ PAGES = 1 << 22  # of the heap, 128 GB, whose addresses are told apart
 PR_SET_THP_DISABLE = 41  # of linux/prctl.h
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 NEVER = (1 << 31) - 1  # bytes, the most that either takes
+# torch's own allocators, oneDNN's, and C++'s have no exception of their own that is known without torch.
+ALLOCATORS_COMPLAIN = ("can't allocate memory", "not enough memory", "std::bad_alloc", "out of memory")
 
 
 class Heap:
@@ -147,6 +150,15 @@ def free_memory() -> int | None:
         cached = re.search(r"^inactive_file (\d+)", _text(group / "memory.stat"), re.MULTILINE)
         limits.append(int(most) - int(now) + (int(cached[1]) if cached else 0) + resident())
     return min(limits, default=None)
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is an allocator's, so that less of everything may succeed."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, RuntimeError):
+        return any(words in str(error) for words in ALLOCATORS_COMPLAIN)
+    return isinstance(error, MemoryError)
 
 
 def _status(field: str) -> int | None:

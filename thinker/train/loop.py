@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from ..loss import IGNORE, LossParts
+from .allocator import ran_out_of_memory
 from .decide import dropout_seed
 from .held_out import look, look_is_due
-from .memory import ran_out_of_memory
 from .optim import rate, set_beta2, set_rate
 from .run import Run
 
