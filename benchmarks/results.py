@@ -139,9 +139,10 @@ def as_markdown(matches: Mapping[str, Any]) -> str:
     text = [
         "# Results",
         "",
-        "Written by `make -C benchmarks`; a line again by `make -C benchmarks ONLY=name`. Both sides of a comparison",
-        "take turns in one run, each in its own process; figures are medians, in brackets the quartiles of the rounds.",
-        "Dropout is 0 everywhere. The lines about learning are not measured here.",
+        "Written by `make -C benchmarks`; a line again by `make -C benchmarks ONLY=name`; with `OUT=benchmarks/FOLDER`",
+        "where the results have a folder of their own. Both sides of a comparison take turns in one run, each in its",
+        "own process; figures are medians, in brackets the quartiles of the rounds. Dropout is 0 everywhere. The lines",
+        "about learning are not measured here.",
         "",
         *sorted(machines),
         "",
