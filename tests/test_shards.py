@@ -197,6 +197,20 @@ def test_a_smaller_vocabulary_is_said(folder: str) -> None:
 # Whole or not at all
 
 
+def test_a_tokenizer_that_spells_the_text_is_said(folder: str) -> None:
+    """Bug: a model of another language learns a text letter by letter, and nobody is told why it learns so little."""
+    said: list[str] = []
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    tripled = Tokenizer.train([a + b + a + " " for a in letters for b in letters] * 3, 1500)
+    assert tripled.vocab_size > shards.LARGE_VOCABULARY
+    prepare((folder,), tripled, say=said.append)
+    assert [line for line in said if "isn't made for this text: 0." in line] == said[-1:]
+    said.clear()
+    prepare((folder,), "char", say=said.append)
+    prepare((folder,), Tokenizer.train(STORIES, 1500), say=said.append)
+    assert not any("isn't made" in line for line in said)
+
+
 def test_an_interrupted_run_leaves_nothing(folder: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a shard under the final name would be trained on by the next run."""
     write = shards._write

@@ -34,6 +34,9 @@ from .split import Split
 SAMPLE_CHARACTERS = 16_000_000  # a tokenizer is trained on this much at least, if it is there, and at most twice that
 BATCH_CHARACTERS = 1 << 21  # encoded at a time
 BATCH_PIECES = 10_000  # and no more pieces than this, for they may be short
+# Tokens a byte from which on a large vocabulary is told not to fit a text: one made for it needs about a quarter.
+SPELLED = 0.6
+LARGE_VOCABULARY = 1000  # a small one may have nothing but letters
 
 Say = Callable[[str], None]
 
@@ -93,6 +96,7 @@ def prepare(
     a tokenizer.json, to which the special tokens it lacks are appended. Raises `ValueError` if there are fewer than
     `min_tokens` tokens to train on, or fewer than two held out.
     """
+    made_for_it = tokenizer in KINDS
     cache = cache_folder()
     with store.telling_of(cache):
         sources = open_sources(data)
@@ -111,6 +115,12 @@ def prepare(
                 "give more text, or lower ctx_len"
             )
     say(str(corpus))
+    spelled = (len(corpus.valid) - 2 * corpus.valid_documents) / max(corpus.valid_bytes, 1)
+    if not made_for_it and spelled > SPELLED and corpus.tokenizer.vocab_size > LARGE_VOCABULARY:
+        say(
+            f"the tokenizer isn't made for this text: {spelled:.2f} tokens a byte, where one that is takes about 0.25; "
+            "from nothing, without --init and --tokenizer, a new one is made"
+        )
     return corpus
 
 
