@@ -11,7 +11,7 @@ from thinker.config import ThinkerConfig
 from thinker.train.config import TrainConfig, read_settings
 from thinker.train.decide import repeatable
 from thinker.train.loop import fit
-from thinker.train.recipes import choose, choose_first, rounded, with_choices
+from thinker.train.recipes import DECAY, choose, choose_first, rounded, with_choices
 from thinker.train.start import begin, resume
 
 TINY = ThinkerConfig()
@@ -28,7 +28,8 @@ def test_what_a_person_set_stays():
     settings = TrainConfig(lr=3e-3, schedule="cosine", warmup=0.0, early_stop=0, beta2=0.9, batch_size=8)
     assert choose_first(TINY, settings, {"use_qk_norm"}) == []
     left = chosen(settings=settings, given={"dropout"}, epochs=9.0)
-    assert left == {"muon_lr": 1e-2, "weight_decay": 0.0}
+    assert left == {"muon_lr": 1e-2, "weight_decay": 0.6}
+    assert "weight_decay" not in chosen(settings=TrainConfig(weight_decay=0.0), epochs=9.0)
     assert "beta2_tokens" not in chosen(settings=TrainConfig(beta2_tokens=9.0))
 
 
@@ -69,6 +70,20 @@ def test_dropout_and_protection_follow_the_epochs(epochs, dropout, early_stop):
     """Bug: dropout costs a run whose text is all new, or text that is seen thirty times is learned by heart."""
     values = chosen(epochs=epochs)
     assert (values["dropout"], values["early_stop"]) == (dropout, early_stop)
+
+
+def test_decay_adds_up_to_the_same_where_text_repeats():
+    """Bug: a decay that wears a long run away, or what a trained model knows, and does nothing in a short run."""
+
+    def decay(**of_run):
+        return chosen(epochs=of_run.pop("epochs", 9.0), steps=of_run.pop("steps", 1000.0), **of_run)["weight_decay"]
+
+    for steps in (100, 1000, 100_000):
+        assert decay(steps=steps) * 1e-2 * steps / 2 == pytest.approx(DECAY, rel=0.02)
+    assert decay(settings=TrainConfig(muon_lr=5e-3)) == decay(steps=500.0) == 2 * decay(), "by the person's rate"
+    assert decay(settings=TrainConfig(optimizer="adamw")) * 2e-3 * 1000 / 2 == pytest.approx(DECAY, rel=0.02)
+    assert decay(epochs=3.0) == decay(settings=TrainConfig(init="somewhere")) == 0
+    assert decay(steps=2.0) * 1e-2 == pytest.approx(0.1), "a weight must not change its sign"
 
 
 def test_a_trained_model_gets_lower_rates():

@@ -1,4 +1,4 @@
-"""One setting changed at a time around Thinker's recipe, at a share of nanoGPT's run; and dropout where text is short.
+"""One setting changed at a time around Thinker's recipe, at a share of nanoGPT's run; and what helps short text.
 
     python -m benchmarks.learning.sweeps [--seeds 0 1] [--steps 125] [--names NAME …]
 
@@ -17,7 +17,9 @@ import numpy as np
 import torch
 
 from thinker.train.held_out import LOOKS
+from thinker.train.recipes import FROM_NOTHING, summed
 
+from ..precision import fast
 from .nanogpt import characters, ours
 from .runs import Text, train
 
@@ -35,6 +37,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "wsd": {"schedule": "wsd"},
     "warm-up 0.1": {"warmup": 0.1},
     "weight decay 0.1": {"weight_decay": 0.1},
+    "weight decay 1.6": {"weight_decay": 1.6},
+    "weight decay 4.8": {"weight_decay": 4.8},
     "β2 halving in 55,000 tokens": {"beta2": None, "beta2_tokens": 55_000.0},
     "12 rows": {"batch_size": 12},
     "6 rows": {"batch_size": 6},
@@ -48,9 +52,16 @@ CHANGES: dict[str, dict[str, Any]] = {
     "12 rows, lr 0.006, wsd": {"batch_size": 12, "lr": 6e-3, "schedule": "wsd"},
     "12 rows, lr 0.006, wsd, cooldown 0.4": {"batch_size": 12, "lr": 6e-3, "schedule": "wsd", "cooldown": 0.4},
 }
-# Epochs over a beginning of the text, each with these dropouts.
+# Epochs over a beginning of the text, each with these dropouts; then with weight decay, given as what it adds up to: by
+# e to the minus so much a weight that gets no update shrinks from the run's beginning to its end.
 REPEATED = {
-    f"{epochs} epochs, dropout {dropout:g}": (epochs, dropout) for epochs in (3, 12, 40) for dropout in (0, 0.1, 0.2)
+    f"{epochs} epochs, dropout {dropout:g}": (epochs, dropout, 0.0)
+    for epochs in (3, 12, 40)
+    for dropout in (0, 0.1, 0.2)
+} | {
+    f"{epochs} epochs, dropout {dropout:g}, decay {decay}": (epochs, dropout, decay)
+    for epochs, dropout in ((3, 0), (12, 0.1), (40, 0.2))
+    for decay in (1, 3, 9)
 }
 MEASURED = 20_000  # held-out characters of each of their looks
 PATIENCE = (1, 2, 4)  # looks without a better one that a run of the above waits before it ends
@@ -73,7 +84,7 @@ def main() -> None:
                 continue
             looks = LOOKS if name in REPEATED else 1
             done = train(variant(text, seed, options.steps, name), name, looks, sparse=1)
-            row = {"loss": done.loss, "settings": done.settings, "seconds": done.looks[-1].seconds}
+            row = {"loss": done.loss, "settings": done.settings, "seconds": done.looks[-1].seconds, "precision": fast()}
             results.append(key | row | {"looks": [look.loss for look in done.looks]})
             print(f"{name}, seed {seed}: {done.loss:.4f} in {done.looks[-1].seconds:.0f} s", flush=True)
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
@@ -84,9 +95,11 @@ def main() -> None:
 def variant(text: Text, seed: int, steps: int, name: str) -> Any:
     """The run of that name."""
     if name in REPEATED:
-        epochs, dropout = REPEATED[name]
+        epochs, dropout, decay = REPEATED[name]
         size = steps * ROWS * 64 // epochs
-        return ours(Text(text.train[:size], text.valid[:MEASURED]), seed, steps, compiled=False, dropout=dropout)
+        few = Text(text.train[:size], text.valid[:MEASURED])
+        weight_decay = decay / summed(FROM_NOTHING["muon_lr"], steps)
+        return ours(few, seed, steps, compiled=False, dropout=dropout, weight_decay=weight_decay)
     changes = dict(CHANGES[name])
     steps = steps * ROWS // changes.get("batch_size", ROWS)
     if "ramp" in changes:

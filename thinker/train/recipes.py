@@ -21,8 +21,12 @@ TOKENS_PER_WIDTH = 8
 WIDTH_OF_RATES = 256  # the d_model that AdamW's rate below was found at
 FROM_NOTHING = {"lr": 3e-3, "muon_lr": 1e-2, "adamw_lr": 2e-3}
 FINE_TUNING = 0.1  # of the rates from nothing; 0.3 learned more of the new text (0.14 nats) and forgot more (0.15)
-SHORT_OF_DATA = 4.0  # epochs from which on there is dropout: at 3 it cost, at 12 and 40 it helped
+SHORT_OF_DATA = 4.0  # epochs from which on there is dropout, and weights decay: at 3 dropout cost, at 12 both helped
 PLENTY_OF_REPETITION = 12.0
+# What the rate times the weight decay adds up to over a run whose text repeats: the weights at the end are a mean over
+# so many times less than the whole run (arXiv 2405.13698), and such runs want more than is usual (arXiv 2509.14786).
+DECAY = 3.0
+MOST_DECAY = 0.1  # of a weight in one step, which only runs of a few steps come to
 PATIENCE = 2  # of 12 looks: in the sweeps more never found a better state
 COMPILED_GAIN = 1.5  # a compiled step against the eager one that was probed
 
@@ -61,11 +65,12 @@ def choose(
     config: ThinkerConfig, settings: TrainConfig, given: set[str], tokens_per_step: int, steps: float, epochs: float
 ) -> list[Choice]:
     """Everything else, when rows and expected length are known. `given` names what a person set of the architecture."""
+    rates = _rates(config, settings)
     choices = [
-        _rates(config, settings),
+        rates,
         Choice({"schedule": "linear"}, "to zero at the end, so that longer runs lose nothing"),
         Choice({"warmup": 0.02}, f"{max(1, round(0.02 * steps)):,} of some {steps:,.0f} steps"),
-        Choice({"weight_decay": 0.0}, "it changed nothing in runs of minutes"),
+        _decay(settings, rates, steps, epochs),
     ]
     if settings.beta2 is None:
         half_life = max(BETA2_TOKENS, 13.5 * tokens_per_step)
@@ -104,6 +109,28 @@ def _rates(config: ThinkerConfig, settings: TrainConfig) -> Choice:
         return Choice({"lr": rounded(scale * narrow * FROM_NOTHING["adamw_lr"])}, why)
     values = {"lr": scale * narrow * FROM_NOTHING["lr"], "muon_lr": scale * FROM_NOTHING["muon_lr"]}
     return Choice({name: rounded(value) for name, value in values.items()}, why)
+
+
+def decay_for(epochs: float, rate: float, steps: float) -> float:
+    """Weight decay: none for text that is seen a few times. `rate` is the peak for the hidden matrices."""
+    most = MOST_DECAY / rate
+    return 0.0 if epochs < SHORT_OF_DATA else rounded(min(DECAY / summed(rate, steps), most))
+
+
+def summed(rate: float, steps: float) -> float:
+    """The rates of all steps together, when they fall from `rate` to zero in a line."""
+    return rate * steps / 2
+
+
+def _decay(settings: TrainConfig, rates: Choice, steps: float, epochs: float) -> Choice:
+    if settings.init is not None:
+        return Choice({"weight_decay": 0.0}, "it would wear away what the model knows")
+    if epochs < SHORT_OF_DATA:
+        return Choice({"weight_decay": 0.0}, "none for text that is seen so seldom")
+    name = "muon_lr" if settings.optimizer == "muon" else "lr"
+    rate = getattr(settings, name) if name in settings.model_fields_set else rates.values[name]
+    why = f"text that is seen {epochs:.1f} times is learned by heart less"
+    return Choice({"weight_decay": decay_for(epochs, rate, steps)}, why)
 
 
 def dropout_for(epochs: float) -> float:
