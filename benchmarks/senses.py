@@ -38,6 +38,8 @@ HOW = [
     "0",
     "--beta2",
     "0.95",
+    "--weight-decay",
+    "0",
     "--chat",
     "--batch-size",
     "16",
