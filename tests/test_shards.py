@@ -194,9 +194,6 @@ def test_a_smaller_vocabulary_is_said(folder: str) -> None:
     assert len(said) == 1
 
 
-# Whole or not at all
-
-
 def test_a_tokenizer_that_spells_the_text_is_said(folder: str) -> None:
     """Bug: a model of another language learns a text letter by letter, and nobody is told why it learns so little."""
     said: list[str] = []
@@ -209,6 +206,9 @@ def test_a_tokenizer_that_spells_the_text_is_said(folder: str) -> None:
     prepare((folder,), "char", say=said.append)
     prepare((folder,), Tokenizer.train(STORIES, 1500), say=said.append)
     assert not any("isn't made" in line for line in said)
+
+
+# Whole or not at all
 
 
 def test_an_interrupted_run_leaves_nothing(folder: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

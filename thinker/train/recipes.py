@@ -27,7 +27,7 @@ PLENTY_OF_REPETITION = 12.0
 # so many times less than the whole run (arXiv 2405.13698), and such runs want more than is usual (arXiv 2509.14786).
 DECAY = 3.0
 MOST_DECAY = 0.1  # of a weight in one step, which only runs of a few steps come to
-PATIENCE = 2  # of 12 looks: in the sweeps more never found a better state
+PATIENCE = 2  # of 12 looks: in the sweeps more found a better state once, beside a decay that was too much
 COMPILED_GAIN = 1.5  # a compiled step against the eager one that was probed
 
 
@@ -113,8 +113,7 @@ def _rates(config: ThinkerConfig, settings: TrainConfig) -> Choice:
 
 def decay_for(epochs: float, rate: float, steps: float) -> float:
     """Weight decay: none for text that is seen a few times. `rate` is the peak for the hidden matrices."""
-    most = MOST_DECAY / rate
-    return 0.0 if epochs < SHORT_OF_DATA else rounded(min(DECAY / summed(rate, steps), most))
+    return 0.0 if epochs < SHORT_OF_DATA else rounded(min(DECAY / summed(rate, steps), MOST_DECAY / rate))
 
 
 def summed(rate: float, steps: float) -> float:
