@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.learning import bits, nanogpt, sweeps
+from benchmarks.learning import bits, nanogpt, repeated, sweeps
 from benchmarks.learning.gpt2 import GPT2
 from benchmarks.learning.runs import Look, Text, held_out, train
 from thinker.loss import NextTokenLoss
@@ -102,8 +102,8 @@ def test_an_early_stop_is_read_from_a_runs_looks() -> None:
 
 def test_tables_of_what_is_committed() -> None:
     """Bug: results that the scripts can no longer read, or a table that takes one text's runs for another's."""
-    for module, path in ((nanogpt, nanogpt.RESULTS), (bits, bits.RESULTS), (sweeps, sweeps.RESULTS)):
-        table = module.table(json.loads(path.read_text()))
+    for module in (nanogpt, bits, sweeps, repeated):
+        table = module.table(json.loads(module.RESULTS.read_text()))
         assert len(table.splitlines()) > 2
     look = Look(1, 2, 3.0, 4.0)
     runs = [

@@ -57,6 +57,7 @@ TUNED: dict[str, dict[str, Any]] = {
     "AdamW, cosine: lr 0.016": PLAIN | {"lr": 1.6e-2},
     "AdamW, cosine: 2 rows, lr 0.004": PLAIN | {"batch_size": 2, "lr": 4e-3},
     "AdamW, cosine: warm-up 0.15": PLAIN | {"warmup": 0.15},
+    f"{OURS}: lr 0.005": RECIPE | {"lr": 5e-3},
     f"{OURS}: no decay": RECIPE | {"weight_decay": 0.0},
     "Thinker's recipe: 8 rows": RECIPE | {"batch_size": 8},
     "Thinker's recipe: lr 0.01": RECIPE | {"lr": 1e-2},

@@ -109,18 +109,24 @@ def build_optimizers(
     betas: tuple[float, float],
     muon_dtype: torch.dtype,
 ) -> list[torch.optim.Optimizer]:
-    """Muon on the hidden matrices and AdamW on the rest, or AdamW alone. Vectors and the embedding never decay."""
-    matrices = hidden_matrices(model)
-    rest = {name: p for name, p in model.named_parameters() if name not in matrices}
+    """Muon on the hidden matrices and AdamW on the rest, or AdamW alone.
+
+    Vectors never decay. All matrices, the embedding too, decay by the same share a step: `weight_decay` times the rate
+    of the hidden ones.
+    """
+    hidden = hidden_matrices(model)
+    rest = {name: p for name, p in model.named_parameters() if name not in hidden}
+    matrices, vectors = ([p for p in rest.values() if (p.dim() >= 2) == wanted] for wanted in (True, False))
     built: list[torch.optim.Optimizer] = []
-    groups = [{"params": list(rest.values()), "weight_decay": 0.0}]
+    pace = muon_lr / lr if optimizer == "muon" else 1.0
+    groups = [{"params": vectors, "weight_decay": 0.0}, {"params": matrices, "weight_decay": weight_decay * pace}]
     if optimizer == "muon":
-        fused = [p for name, p in matrices.items() if name.endswith("qkv.weight")]
-        single = [p for name, p in matrices.items() if not name.endswith("qkv.weight")]
+        fused = [p for name, p in hidden.items() if name.endswith("qkv.weight")]
+        single = [p for name, p in hidden.items() if not name.endswith("qkv.weight")]
         muon_groups = [{"params": params, "parts": parts} for params, parts in ((single, 1), (fused, 3)) if params]
         built.append(Muon(muon_groups, lr=muon_lr, weight_decay=weight_decay, dtype=muon_dtype))
     else:
-        groups.append({"params": list(matrices.values()), "weight_decay": weight_decay})
+        groups.append({"params": list(hidden.values()), "weight_decay": weight_decay})
     built.append(torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-10, fused=True))
     for group in (group for built_one in built for group in built_one.param_groups):
         group["peak_lr"] = group["lr"]

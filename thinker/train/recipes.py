@@ -27,6 +27,9 @@ PLENTY_OF_REPETITION = 12.0
 # so many times less than the whole run (arXiv 2405.13698), and such runs want more than is usual (arXiv 2509.14786).
 DECAY = 3.0
 MOST_DECAY = 0.1  # of a weight in one step, which only runs of a few steps come to
+# What AdamW's rate adds up to at least beside that decay and up to MOST_LR, or the embedding stays too small.
+GROWTH = 2.0
+MOST_LR = 5e-3
 PATIENCE = 2  # of 12 looks: in the sweeps more found a better state once, beside a decay that was too much
 COMPILED_GAIN = 1.5  # a compiled step against the eager one that was probed
 
@@ -65,7 +68,7 @@ def choose(
     config: ThinkerConfig, settings: TrainConfig, given: set[str], tokens_per_step: int, steps: float, epochs: float
 ) -> list[Choice]:
     """Everything else, when rows and expected length are known. `given` names what a person set of the architecture."""
-    rates = _rates(config, settings)
+    rates = _rates(config, settings, steps, epochs)
     choices = [
         rates,
         Choice({"schedule": "linear"}, "to zero at the end, so that longer runs lose nothing"),
@@ -98,7 +101,7 @@ def with_choices(
     return settings.changed(**of_run), config.changed(**{name: values[name] for name in values.keys() - of_run.keys()})
 
 
-def _rates(config: ThinkerConfig, settings: TrainConfig) -> Choice:
+def _rates(config: ThinkerConfig, settings: TrainConfig, steps: float, epochs: float) -> Choice:
     """Peak learning rates."""
     narrow = (WIDTH_OF_RATES / max(config.d_model, WIDTH_OF_RATES)) ** 0.5
     if settings.init is not None:
@@ -107,8 +110,18 @@ def _rates(config: ThinkerConfig, settings: TrainConfig) -> Choice:
         scale, why = 1.0, f"from nothing, at d_model {config.d_model}"
     if settings.optimizer == "adamw":
         return Choice({"lr": rounded(scale * narrow * FROM_NOTHING["adamw_lr"])}, why)
-    values = {"lr": scale * narrow * FROM_NOTHING["lr"], "muon_lr": scale * FROM_NOTHING["muon_lr"]}
+    decays = settings.init is None and "weight_decay" not in settings.model_fields_set
+    lr = lr_for(epochs, steps) if decays else FROM_NOTHING["lr"]
+    if lr > FROM_NOTHING["lr"]:
+        why += "; the embedding's is higher than usual, to grow in few steps although it decays"
+    values = {"lr": scale * narrow * lr, "muon_lr": scale * FROM_NOTHING["muon_lr"]}
     return Choice({name: rounded(value) for name, value in values.items()}, why)
+
+
+def lr_for(epochs: float, steps: float) -> float:
+    """AdamW's peak rate beside Muon: higher in short runs whose weights decay, in which the embedding has to grow."""
+    usual = FROM_NOTHING["lr"]
+    return usual if epochs < SHORT_OF_DATA else rounded(min(max(usual, GROWTH / summed(1.0, steps)), MOST_LR))
 
 
 def decay_for(epochs: float, rate: float, steps: float) -> float:
