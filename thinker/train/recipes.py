@@ -27,10 +27,9 @@ PLENTY_OF_REPETITION = 12.0
 # so many times less than the whole run (arXiv 2405.13698), and such runs want more than is usual (arXiv 2509.14786).
 DECAY = 3.0
 MOST_DECAY = 0.1  # of a weight in one step, which only runs of a few steps come to
-# What AdamW's rate adds up to at least beside that decay and up to MOST_LR, or the embedding stays too small.
-GROWTH = 2.0
-MOST_LR = 5e-3
-PATIENCE = 2  # of 12 looks: in the sweeps more found a better state once, beside a decay that was too much
+GROWTH = 2.0  # what AdamW's rate adds up to at least beside that decay, or the embedding and the head stay too small
+MOST_LR = 5e-3  # for that; at 1e-2 they learn repeated text by heart
+PATIENCE = 2  # of 12 looks: in the sweeps more never found a better state, less a worse one once
 COMPILED_GAIN = 1.5  # a compiled step against the eager one that was probed
 
 
@@ -113,7 +112,7 @@ def _rates(config: ThinkerConfig, settings: TrainConfig, steps: float, epochs: f
     decays = settings.init is None and "weight_decay" not in settings.model_fields_set
     lr = lr_for(epochs, steps) if decays else FROM_NOTHING["lr"]
     if lr > FROM_NOTHING["lr"]:
-        why += "; the embedding's is higher than usual, to grow in few steps although it decays"
+        why += "; lr above the usual, for few steps in which weights decay"
     values = {"lr": scale * narrow * lr, "muon_lr": scale * FROM_NOTHING["muon_lr"]}
     return Choice({name: rounded(value) for name, value in values.items()}, why)
 
