@@ -100,9 +100,10 @@ def test_all_matrices_decay_alike_and_vectors_never(name, pace):
     """Bug: the embedding learns its text by heart beside decaying layers, or a norm is worn away."""
     model = ThinkerLM(ThinkerConfig(vocab_size=50, d_model=16, n_layers=2, d_ff=32, use_moe=True, layer_scale=0.1))
     settings = {"lr": 1e-3, "muon_lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95), "muon_dtype": torch.float32}
-    before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
     for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)  # some begin as zero, which no decay changes
         parameter.grad = torch.zeros_like(parameter)
+    before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
     for one in build_optimizers(model, optimizer=name, **settings):
         one.step()
     for key, parameter in model.named_parameters():

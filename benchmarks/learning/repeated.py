@@ -21,7 +21,7 @@ from thinker.config import ThinkerConfig
 from thinker.data.shards import Corpus, prepare
 from thinker.train.config import TrainConfig
 from thinker.train.held_out import LOOKS
-from thinker.train.recipes import DECAY, summed
+from thinker.train.recipes import DECAY, FROM_NOTHING, summed
 from thinker.train.run import Run
 
 from ..precision import fast
@@ -30,7 +30,7 @@ from .runs import Text, rehearse, train
 RESULTS = Path(__file__).parent / "repeated.json"
 TOKENS = 3 << 20  # that all of the stories get, and parts of them a part of: some six epochs
 ROWS = 4
-MUON = 1e-2
+MUON = FROM_NOTHING["muon_lr"]
 NARROW = ThinkerConfig.model_validate({"d_model": 128, "ctx_len": 256, "dropout": 0.1, "use_qk_norm": True})
 
 

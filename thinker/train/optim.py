@@ -115,8 +115,8 @@ def build_optimizers(
     of the hidden ones.
     """
     hidden = hidden_matrices(model)
-    rest = {name: p for name, p in model.named_parameters() if name not in hidden}
-    matrices, vectors = ([p for p in rest.values() if (p.dim() >= 2) == wanted] for wanted in (True, False))
+    rest = [p for name, p in model.named_parameters() if name not in hidden]
+    matrices, vectors = [p for p in rest if p.dim() >= 2], [p for p in rest if p.dim() < 2]
     built: list[torch.optim.Optimizer] = []
     pace = muon_lr / lr if optimizer == "muon" else 1.0
     groups = [{"params": vectors, "weight_decay": 0.0}, {"params": matrices, "weight_decay": weight_decay * pace}]

@@ -111,7 +111,7 @@ def _rates(config: ThinkerConfig, settings: TrainConfig, steps: float, epochs: f
         return Choice({"lr": rounded(scale * narrow * FROM_NOTHING["adamw_lr"])}, why)
     decays = settings.init is None and "weight_decay" not in settings.model_fields_set
     lr = lr_for(epochs, steps) if decays else FROM_NOTHING["lr"]
-    if lr > FROM_NOTHING["lr"]:
+    if lr > FROM_NOTHING["lr"] and "lr" not in settings.model_fields_set:
         why += "; lr above the usual, for few steps in which weights decay"
     values = {"lr": scale * narrow * lr, "muon_lr": scale * FROM_NOTHING["muon_lr"]}
     return Choice({name: rounded(value) for name, value in values.items()}, why)
