@@ -25,7 +25,7 @@ from thinker.config import ThinkerConfig
 from thinker.data.shards import Corpus, prepare
 from thinker.train.config import TrainConfig
 from thinker.train.held_out import LOOKS
-from thinker.train.recipes import decay_for, dropout_for
+from thinker.train.recipes import decay_for, dropout_for, lr_for
 from thinker.train.run import Run
 
 from ..precision import fast
@@ -45,7 +45,7 @@ TINY = ThinkerConfig.model_validate({"dropout": 0.0, "use_qk_norm": True})
 # As nanoGPT and many after it set AdamW; lr and rows are the best that were found, of those in `TUNED`.
 PLAIN = {"optimizer": "adamw", "schedule": "cosine", "warmup": 0.05, "beta2": 0.95, "weight_decay": 0.1}
 PLAIN |= {"lr": 8e-3, "batch_size": 4}
-RECIPE = {"optimizer": "muon", "schedule": "linear", "warmup": 0.02, "lr": 3e-3, "muon_lr": 1e-2, "batch_size": 4}
+RECIPE = {"optimizer": "muon", "schedule": "linear", "warmup": 0.02, "muon_lr": 1e-2, "batch_size": 4}
 BARE = PLAIN | {"use_qk_norm": False, "lr": 2e-3}
 SIDES: dict[str, dict[str, Any]] = {ADAMW: PLAIN, OURS: RECIPE, LLAMA: BARE}
 TUNED: dict[str, dict[str, Any]] = {
@@ -58,19 +58,20 @@ TUNED: dict[str, dict[str, Any]] = {
     "AdamW, cosine: 2 rows, lr 0.004": PLAIN | {"batch_size": 2, "lr": 4e-3},
     "AdamW, cosine: warm-up 0.15": PLAIN | {"warmup": 0.15},
     f"{OURS}: lr 0.005": RECIPE | {"lr": 5e-3},
-    f"{OURS}: no decay": RECIPE | {"weight_decay": 0.0},
+    f"{OURS}: no decay": RECIPE | {"weight_decay": 0.0, "lr": 3e-3},
     "Thinker's recipe: 8 rows": RECIPE | {"batch_size": 8},
     "Thinker's recipe: lr 0.01": RECIPE | {"lr": 1e-2},
 }
 
 
 def contestant(corpus: Corpus, seed: int, chosen: dict[str, Any], tokens: float = 0) -> Run:
-    """A run of the tiny configuration on a text, at step 0; dropout and what decay isn't set as for so many tokens."""
+    """A run of the tiny configuration at step 0; dropout, and decay and rate if not set, are for so many tokens."""
     epochs = tokens / len(corpus.train)
     config = TINY.changed(vocab_size=corpus.tokenizer.vocab_size, dropout=dropout_for(epochs))
     if "weight_decay" not in chosen:
         steps = tokens / (chosen["batch_size"] * TINY.ctx_len)
-        chosen = chosen | {"weight_decay": decay_for(epochs, chosen["muon_lr"], steps)}
+        decay = decay_for(epochs, chosen["muon_lr"], steps)
+        chosen = {"weight_decay": decay, "lr": lr_for(epochs, steps)} | chosen
     of_network = {name: value for name, value in chosen.items() if name in ThinkerConfig.model_fields}
     of_run = {name: value for name, value in chosen.items() if name not in of_network}
     settings = TrainConfig.model_validate({"batch_size": 8, "seed": seed} | of_run)
