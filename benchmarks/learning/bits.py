@@ -57,7 +57,7 @@ TUNED: dict[str, dict[str, Any]] = {
     "AdamW, cosine: lr 0.016": PLAIN | {"lr": 1.6e-2},
     "AdamW, cosine: 2 rows, lr 0.004": PLAIN | {"batch_size": 2, "lr": 4e-3},
     "AdamW, cosine: warm-up 0.15": PLAIN | {"warmup": 0.15},
-    f"{OURS}: lr 0.005": RECIPE | {"lr": 5e-3},
+    f"{OURS}: lr 0.003": RECIPE | {"lr": 3e-3},
     f"{OURS}: no decay": RECIPE | {"weight_decay": 0.0, "lr": 3e-3},
     "Thinker's recipe: 8 rows": RECIPE | {"batch_size": 8},
     "Thinker's recipe: lr 0.01": RECIPE | {"lr": 1e-2},
@@ -71,7 +71,7 @@ def contestant(corpus: Corpus, seed: int, chosen: dict[str, Any], tokens: float 
     if "weight_decay" not in chosen:
         steps = tokens / (chosen["batch_size"] * TINY.ctx_len)
         decay = decay_for(epochs, chosen["muon_lr"], steps)
-        chosen = {"weight_decay": decay, "lr": lr_for(epochs, steps)} | chosen
+        chosen = {"weight_decay": decay, "lr": lr_for(epochs)} | chosen
     of_network = {name: value for name, value in chosen.items() if name in ThinkerConfig.model_fields}
     of_run = {name: value for name, value in chosen.items() if name not in of_network}
     settings = TrainConfig.model_validate({"batch_size": 8, "seed": seed} | of_run)

@@ -99,7 +99,7 @@ def variant(text: Text, seed: int, steps: int, name: str) -> Any:
         size = steps * ROWS * 64 // epochs
         few = Text(text.train[:size], text.valid[:MEASURED])
         weight_decay = decay / summed(FROM_NOTHING["muon_lr"], steps)
-        lr = lr_for(epochs, steps) if decay else FROM_NOTHING["lr"]
+        lr = lr_for(epochs) if decay else FROM_NOTHING["lr"]
         return ours(few, seed, steps, compiled=False, dropout=dropout, weight_decay=weight_decay, lr=lr)
     changes = dict(CHANGES[name])
     steps = steps * ROWS // changes.get("batch_size", ROWS)

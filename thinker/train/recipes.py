@@ -27,8 +27,7 @@ PLENTY_OF_REPETITION = 12.0
 # so many times less than the whole run (arXiv 2405.13698), and such runs want more than is usual (arXiv 2509.14786).
 DECAY = 3.0
 MOST_DECAY = 0.1  # of a weight in one step, which only runs of a few steps come to
-GROWTH = 2.0  # what AdamW's rate adds up to at least beside that decay, or the embedding and the head stay too small
-MOST_LR = 5e-3  # for that; at 1e-2 they learn repeated text by heart
+LR_BESIDE_DECAY = 5e-3  # at 3e-3 the embedding and the head stay too small, at 1e-2 they learn repeated text by heart
 PATIENCE = 2  # of 12 looks: in the sweeps more never found a better state, less a worse one once
 COMPILED_GAIN = 1.5  # a compiled step against the eager one that was probed
 
@@ -67,7 +66,7 @@ def choose(
     config: ThinkerConfig, settings: TrainConfig, given: set[str], tokens_per_step: int, steps: float, epochs: float
 ) -> list[Choice]:
     """Everything else, when rows and expected length are known. `given` names what a person set of the architecture."""
-    rates = _rates(config, settings, steps, epochs)
+    rates = _rates(config, settings, epochs)
     choices = [
         rates,
         Choice({"schedule": "linear"}, "to zero at the end, so that longer runs lose nothing"),
@@ -100,7 +99,7 @@ def with_choices(
     return settings.changed(**of_run), config.changed(**{name: values[name] for name in values.keys() - of_run.keys()})
 
 
-def _rates(config: ThinkerConfig, settings: TrainConfig, steps: float, epochs: float) -> Choice:
+def _rates(config: ThinkerConfig, settings: TrainConfig, epochs: float) -> Choice:
     """Peak learning rates."""
     narrow = (WIDTH_OF_RATES / max(config.d_model, WIDTH_OF_RATES)) ** 0.5
     if settings.init is not None:
@@ -110,17 +109,16 @@ def _rates(config: ThinkerConfig, settings: TrainConfig, steps: float, epochs: f
     if settings.optimizer == "adamw":
         return Choice({"lr": rounded(scale * narrow * FROM_NOTHING["adamw_lr"])}, why)
     decays = settings.init is None and "weight_decay" not in settings.model_fields_set
-    lr = lr_for(epochs, steps) if decays else FROM_NOTHING["lr"]
+    lr = lr_for(epochs) if decays else FROM_NOTHING["lr"]
     if lr > FROM_NOTHING["lr"] and "lr" not in settings.model_fields_set:
-        why += "; lr above the usual, for few steps in which weights decay"
+        why += "; lr above the usual, for weights that decay"
     values = {"lr": scale * narrow * lr, "muon_lr": scale * FROM_NOTHING["muon_lr"]}
     return Choice({name: rounded(value) for name, value in values.items()}, why)
 
 
-def lr_for(epochs: float, steps: float) -> float:
-    """AdamW's peak rate beside Muon: higher in short runs whose weights decay, in which the embedding has to grow."""
-    usual = FROM_NOTHING["lr"]
-    return usual if epochs < SHORT_OF_DATA else rounded(min(max(usual, GROWTH / summed(1.0, steps)), MOST_LR))
+def lr_for(epochs: float) -> float:
+    """AdamW's peak rate beside Muon: higher where weights decay, among them the embedding, which has to grow."""
+    return FROM_NOTHING["lr"] if epochs < SHORT_OF_DATA else LR_BESIDE_DECAY
 
 
 def decay_for(epochs: float, rate: float, steps: float) -> float:
