@@ -9,6 +9,7 @@ from thinker.config import ThinkerConfig
 from thinker.model import ThinkerLM
 from thinker.train.config import TrainConfig
 from thinker.train.optim import (
+    POLAR_EXPRESS,
     Muon,
     beta2_in_tokens,
     build_optimizers,
@@ -31,12 +32,41 @@ def test_orthogonalise_brings_singular_values_to_one_and_keeps_the_directions(sh
     done = orthogonalise(matrices, dtype).float()
     assert done.shape == shape
     values = torch.linalg.svdvals(done)
-    # Singular values of random matrices reach down to about 1e-2 of the largest; five steps lift those above 0.5.
+    # Singular values of random matrices reach down to about 1e-2 of the largest, which the steps lift above 0.5.
     assert values.max() < 1.25
     assert values.median() > 0.8
     u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
     alike = (done * (u @ vh)).sum(dim=(-2, -1)) / min(shape[-2:])
     assert (alike > 0.85).all(), alike
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 96), (2, 96, 32)])
+def test_products_of_gram_matrices_are_those_of_the_matrix(shape):
+    """Bug: the fast form for float32 loses small singular values, or multiplies its polynomials in a wrong order."""
+    torch.manual_seed(4)
+    u, values, vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    for smallest in (-1.0, -2.0, -3.5):  # of a gradient they often reach down to 1e-3 of the largest
+        values = torch.logspace(0, smallest, 32, dtype=torch.float64)
+        matrices = (u * values) @ vh * 1e-4
+        fast, plain = orthogonalise(matrices, torch.float32), orthogonalise(matrices, torch.float64)
+        torch.testing.assert_close(fast.double(), plain, rtol=0, atol=2e-4)
+
+
+def test_the_polynomials_bring_what_they_are_made_for_to_one():
+    """Bug: a digit of the table is wrong, or a step of it is missing."""
+    x = torch.logspace(math.log10(0.0045), 0, 2000, dtype=torch.float64)
+    for a, b, c in POLAR_EXPRESS:
+        x = a * x + b * x**3 + c * x**5
+    assert (x - 1).abs().max() < 0.135
+
+
+def test_one_large_direction_leaves_the_others_theirs():
+    """Bug: the bound is the matrix's own norm, and four steps are too few for what is small beside it."""
+    torch.manual_seed(5)
+    u, _, vh = torch.linalg.svd(torch.randn(1, 64, 64))
+    for values in (torch.ones(64), torch.tensor([1.0] + 63 * [0.005])):
+        done = torch.linalg.svdvals(orthogonalise((u * values) @ vh, torch.float32))
+        assert (done - 1).abs().max() < 0.15, done
 
 
 def test_a_batch_is_orthogonalised_as_its_matrices_alone():
