@@ -113,6 +113,7 @@ def test_a_run_repeats_bit_for_bit(text, tmp_path, options):
         ({"tie_embeddings": True}, {}),
         ({}, {"ramp": 5, "accumulate": 2, "schedule": "wsd"}),
         ({}, {"early_stop": 2, "steps": 8, "keep": 1}),
+        ({}, {"inherit": 0.5, "weight_decay": 0.5}),
     ],
 )
 def test_save_and_resume_equals_going_on(text, tmp_path, architecture, options, monkeypatch):

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +11,8 @@ from thinker.model import ThinkerLM
 from thinker.train.config import TrainConfig
 from thinker.train.optim import (
     POLAR_EXPRESS,
+    AdamW,
+    Inheritance,
     Muon,
     beta2_in_tokens,
     build_optimizers,
@@ -139,6 +142,58 @@ def test_all_matrices_decay_alike_and_vectors_never(name, pace):
     for key, parameter in model.named_parameters():
         left = 1 - 0.1 * pace if parameter.dim() >= 2 else 1.0
         torch.testing.assert_close(parameter.detach(), before[key] * left, rtol=1e-6, atol=0, msg=key)
+
+
+PARTS = np.array([[-1, -1], [-1, -1], [0, 1], [2, 2], [5, 3], [1, 0]])  # 4 is made of one that comes after it
+
+
+def dense(share):
+    """I of `PARTS` by its definition: rows E with E = own + share * (the sum of the parts' rows of E)."""
+    direct = torch.zeros(6, 6)
+    for token, parts in enumerate(PARTS):
+        for part in parts[parts >= 0]:
+            direct[token, part] += share
+    return torch.linalg.inv(torch.eye(6) - direct)
+
+
+def test_inheritance_is_the_matrix_it_stands_for():
+    """Bug: only direct parts are inherited, a token made twice of one counts it once, or a gradient goes to heirs."""
+    torch.manual_seed(6)
+    rows, inheritance = torch.randn(6, 3), Inheritance(PARTS, 0.5)
+    torch.testing.assert_close(inheritance.spread(rows), dense(0.5) @ rows)
+    torch.testing.assert_close(inheritance.gather(rows), dense(0.5).T @ rows)
+
+
+def test_training_what_tokens_inherit_is_training_what_they_own():
+    """Bug: rows move by their own gradients too, decay isn't one of what is owned, or the step differs from AdamW's."""
+    torch.manual_seed(7)
+    start, targets = torch.randn(6, 3), torch.randn(4, 6, 3)
+    own = torch.nn.Parameter(torch.linalg.solve(dense(0.5), start))
+    plain = torch.optim.AdamW([own], lr=0.1, weight_decay=0.3)
+    matrix, other = torch.nn.Parameter(start.clone()), torch.nn.Parameter(torch.ones(2, 2))
+    group = {"params": [matrix], "inheritance": Inheritance(PARTS, 0.5), "weight_decay": 0.3}
+    ours = AdamW([group, {"params": [other], "weight_decay": 0.0}], lr=0.1, betas=(0.9, 0.999))
+    for target in targets:
+        (dense(0.5) @ own - target).square().sum().backward()
+        ((matrix - target).square().sum() + other.sum()).backward()
+        for optimizer in (plain, ours):
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(matrix.detach(), (dense(0.5) @ own).detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(other.detach(), torch.full((2, 2), 0.6))
+
+
+def test_inheritance_is_of_the_embedding_and_the_head():
+    """Bug: a router's rows count as tokens, a tied matrix moves twice, or one of the two is left out."""
+    settings = {"lr": 1e-3, "muon_lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95), "muon_dtype": torch.float32}
+    for options, count in (({"use_moe": True}, 2), ({"tie_embeddings": True}, 1)):
+        model = ThinkerLM(ThinkerConfig(vocab_size=6, d_model=16, n_layers=1, d_ff=32, **options))
+        built = build_optimizers(model, optimizer="muon", inheritance=Inheritance(PARTS, 0.5), **settings)
+        (group,) = [group for one in built for group in one.param_groups if "inheritance" in group]
+        assert {id(p) for p in group["params"]} == {id(model.tok_emb.weight), id(model.head.weight)}
+        assert len(group["params"]) == count
+        owned = [id(p) for one in built for group in one.param_groups for p in group["params"]]
+        assert sorted(owned) == sorted(id(p) for p in model.parameters())
 
 
 def test_the_state_round_trips_by_name():

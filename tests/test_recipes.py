@@ -28,7 +28,7 @@ def test_what_a_person_set_stays():
     settings = TrainConfig(lr=3e-3, schedule="cosine", warmup=0.0, early_stop=0, beta2=0.9, batch_size=8)
     assert choose_first(TINY, settings, {"use_qk_norm"}) == []
     left = chosen(settings=settings, given={"dropout"}, epochs=9.0)
-    assert left == {"muon_lr": 1e-2, "weight_decay": 0.6}
+    assert left == {"muon_lr": 1e-2, "weight_decay": 0.6, "inherit": 0.5}
     assert "weight_decay" not in chosen(settings=TrainConfig(weight_decay=0.0), epochs=9.0)
     assert "beta2_tokens" not in chosen(settings=TrainConfig(beta2_tokens=9.0))
 
@@ -95,6 +95,14 @@ def test_a_run_that_decays_has_a_higher_rate():
     assert lr() == 5e-3
     assert lr(epochs=3.0) == lr(settings=TrainConfig(weight_decay=0.0)) == 3e-3
     assert lr(settings=TrainConfig(init="somewhere")) == pytest.approx(3e-4)
+
+
+def test_tokens_inherit_where_text_repeats():
+    """Bug: a trained model's rows move with each other, or letters, which have no parts, are told that they inherit."""
+    assert chosen(epochs=9.0)["inherit"] == 0.5
+    assert "inherit" not in chosen(epochs=3.0)
+    for settings in (TrainConfig(init="somewhere"), TrainConfig(tokenizer="char")):
+        assert "inherit" not in chosen(settings=settings, epochs=9.0)
 
 
 def test_a_trained_model_gets_lower_rates():

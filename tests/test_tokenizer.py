@@ -87,6 +87,19 @@ def test_every_byte_is_a_token() -> None:
         assert {tokenizer.token_bytes(id) for id in range(tokenizer.vocab_size)} >= {bytes([b]) for b in range(256)}
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_are_what_a_token_was_merged_from(kind: str) -> None:
+    """Bug: parts in the wrong order or of another token, or a byte or a control token that has some."""
+    tokenizer = TRAINED[kind]
+    parts = tokenizer.parts()
+    assert parts.shape == (tokenizer.vocab_size, 2)
+    merged = {id for id, (first, _) in enumerate(parts) if first >= 0}
+    single = {id for id in range(tokenizer.vocab_size) if len(tokenizer.token_bytes(id)) == 1}
+    assert merged == set(range(tokenizer.vocab_size)) - single - tokenizer.control_ids
+    for id in merged:
+        assert b"".join(map(tokenizer.token_bytes, parts[id])) == tokenizer.token_bytes(id)
+
+
 def test_no_text_at_all() -> None:
     """A tokenizer without a corpus must still hold bytes and controls, not fail."""
     for kind in KINDS:

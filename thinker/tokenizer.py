@@ -8,6 +8,7 @@ begins with bos and ends with eos) and by `chat.py`, as numbers. No files but to
 from __future__ import annotations
 
 import codecs
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -203,6 +204,15 @@ class Tokenizer:
         if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             return bytes.fromhex(token[3:5])
         return token.replace("▁", " ").encode()
+
+    def parts(self) -> np.ndarray:
+        """The two tokens that each was merged from, (vocab_size, 2) int64; -1 for bytes and special tokens."""
+        model = json.loads(self._backend.to_str())["model"]
+        parts = np.full((self.vocab_size, 2), -1, dtype=np.int64)
+        for merge in model["merges"]:
+            first, second = merge.split(" ") if isinstance(merge, str) else merge
+            parts[model["vocab"][first + second]] = model["vocab"][first], model["vocab"][second]
+        return parts
 
 
 class TextStream:

@@ -62,7 +62,7 @@ def main() -> None:
 def contestant(corpus: Corpus, seed: int, share: float, rate: float) -> Run:
     """The run at that rate over that share of the stories, at step 0."""
     tokens = TOKENS * share
-    text = Text(corpus.train[: int(len(corpus.train) * share)], corpus.valid)
+    text = Text(corpus.train[: int(len(corpus.train) * share)], corpus.valid, corpus.tokenizer)
     steps = round(tokens / (ROWS * NARROW.ctx_len))
     settings = TrainConfig(
         steps=steps,

@@ -41,6 +41,7 @@ class Text:
 
     train: np.ndarray
     valid: np.ndarray
+    tokenizer: Tokenizer | None = None  # what they are the ids of, for runs that ask
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def prepared(
     model: ThinkerLM, config: ThinkerConfig, settings: TrainConfig, text: Text, precision: Precision, compiled: bool
 ) -> Run:
     """A run of any network that has Thinker's two methods, `features` and `head`."""
-    tokenizer = Tokenizer.train(["abc"], SMALLEST_VOCABULARY, "char")
+    tokenizer = text.tokenizer or Tokenizer.train(["abc"], SMALLEST_VOCABULARY, "char")
     corpus = Corpus("in memory", "", Path("."), tokenizer, text.train, text.valid, 1, 1, 0, 0)
     batches = corpus.batches(settings.batch_size * settings.accumulate, config.ctx_len, settings.seed, settings.ramp)
     decisions = Decisions("cpu", precision, compiled, torch.get_num_threads(), 0.0, (), versions())

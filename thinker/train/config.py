@@ -42,6 +42,9 @@ class TrainConfig(BaseModel):
     lr: float = Field(3e-3, gt=0, description="peak learning rate of AdamW")
     muon_lr: float = Field(1e-2, gt=0, description="peak learning rate of Muon")
     weight_decay: float = Field(0.0, ge=0, description="of matrices, times the hidden ones' rate, a step")
+    inherit: float = Field(
+        0.0, ge=0, lt=1, description="share of its two parts' rows that a merged token's has, in embedding and head"
+    )
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float | None = Field(None, ge=0, lt=1, description="fixed; unset means that beta2_tokens decides")
     beta2_tokens: float | None = Field(

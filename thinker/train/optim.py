@@ -4,7 +4,7 @@ Which hyperparameters a run uses is decided in `train/config.py` and `train/reci
 `train/loop.py`; how many rows it has, in `data/batches.py`.
 """
 
-# M matrices of one shape, R rows, C columns
+# M matrices of one shape, R rows, C columns, V vocabulary
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, Literal
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Schedule = Literal["linear", "cosine", "wsd", "constant"]
@@ -111,6 +113,71 @@ def _stretch(rows: int, columns: int) -> float:
     return math.sqrt(max(1.0, rows / columns))
 
 
+class Inheritance:
+    """How the row of a token in a matrix (V, C) is made of rows that tokens have of their own: I @ own.
+
+    A token's row is its own and `share` of the rows of the two that it was merged from, which are made in the same way:
+    `parts` (V, 2), or -1 for what wasn't merged.
+    """
+
+    def __init__(self, parts: np.ndarray, share: float, device: str | torch.device = "cpu") -> None:
+        made_of: dict[int, dict[int, float]] = {}
+
+        def row(token: int) -> dict[int, float]:
+            if token not in made_of:
+                weights = {token: 1.0}
+                for part in parts[token].tolist():
+                    for owner, weight in row(part).items() if part >= 0 else ():
+                        weights[owner] = weights.get(owner, 0.0) + share * weight
+                made_of[token] = weights
+            return made_of[token]
+
+        entries = [(heir, owner, weight) for heir in range(len(parts)) for owner, weight in row(heir).items()]
+        heirs, owners, weights = (torch.tensor(column, device=device) for column in zip(*entries, strict=True))
+        numbers = torch.arange(len(parts), device=device)
+        by_owner = owners.argsort(stable=True)
+        self._spread = owners, torch.searchsorted(heirs, numbers), weights
+        self._gather = heirs[by_owner], torch.searchsorted(owners[by_owner], numbers), weights[by_owner]
+
+    def spread(self, own: Tensor) -> Tensor:
+        """I @ own."""
+        return _weighted_rows(own, *self._spread)
+
+    def gather(self, gradient: Tensor) -> Tensor:
+        """The gradient for `own` from the one for I @ own: I.T @ gradient."""
+        return _weighted_rows(gradient, *self._gather)
+
+
+def _weighted_rows(matrix: Tensor, which: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
+    return F.embedding_bag(which, matrix, starts, mode="sum", per_sample_weights=weights.to(matrix.dtype))
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's, fused. What a group with an `inheritance` trains, and lets decay, is what its tokens have of their own.
+
+    That needn't be kept: when it changes by d, the matrix changes by I @ d.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float]) -> None:
+        super().__init__(groups, lr=lr, betas=betas, eps=1e-10, fused=True)
+        # Otherwise the fused kernel would be the one to skip a step whose scaled gradients overflowed.
+        self._step_supports_amp_scaling = False
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        heirs: list[tuple[Tensor, Tensor, Inheritance]] = []
+        for group in self.param_groups:
+            inheritance: Inheritance | None = group.get("inheritance")
+            for parameter in group["params"]:
+                if inheritance is not None and parameter.grad is not None:
+                    parameter.grad = inheritance.gather(parameter.grad)
+                    heirs.append((parameter, parameter * (1 - group["lr"] * group["weight_decay"]), inheritance))
+        super().step()
+        for parameter, decayed, inheritance in heirs:
+            parameter.copy_(decayed + inheritance.spread(parameter - decayed))
+
+
 def hidden_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     """What Muon trains: the matrices inside blocks, also an encoder's, but the router, a head of its own kind."""
     return {
@@ -129,18 +196,26 @@ def build_optimizers(
     weight_decay: float,
     betas: tuple[float, float],
     muon_dtype: torch.dtype,
+    inheritance: Inheritance | None = None,
 ) -> list[torch.optim.Optimizer]:
     """Muon on the hidden matrices and AdamW on the rest, or AdamW alone.
 
     Vectors never decay. All matrices, the embedding too, decay by the same share a step: `weight_decay` times the rate
-    of the hidden ones.
+    of the hidden ones. `inheritance` is that of the embedding and the head.
     """
     hidden = hidden_matrices(model)
     rest = [p for name, p in model.named_parameters() if name not in hidden]
     matrices, vectors = [p for p in rest if p.dim() >= 2], [p for p in rest if p.dim() < 2]
     built: list[torch.optim.Optimizer] = []
     pace = muon_lr / lr if optimizer == "muon" else 1.0
-    groups = [{"params": vectors, "weight_decay": 0.0}, {"params": matrices, "weight_decay": weight_decay * pace}]
+    groups: list[dict[str, Any]] = [
+        {"params": vectors, "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": weight_decay * pace},
+    ]
+    if inheritance is not None:
+        of_tokens = [p for name, p in model.named_parameters() if name in ("tok_emb.weight", "head.weight")]
+        groups[1]["params"] = [p for p in matrices if not any(p is one for one in of_tokens)]
+        groups.append({"params": of_tokens, "weight_decay": weight_decay * pace, "inheritance": inheritance})
     if optimizer == "muon":
         fused = [p for name, p in hidden.items() if name.endswith("qkv.weight")]
         single = [p for name, p in hidden.items() if not name.endswith("qkv.weight")]
@@ -148,7 +223,7 @@ def build_optimizers(
         built.append(Muon(muon_groups, lr=muon_lr, weight_decay=weight_decay, dtype=muon_dtype))
     else:
         groups.append({"params": list(hidden.values()), "weight_decay": weight_decay})
-    built.append(torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-10, fused=True))
+    built.append(AdamW(groups, lr=lr, betas=betas))
     for group in (group for built_one in built for group in built_one.param_groups):
         group["peak_lr"] = group["lr"]
     return built

@@ -28,7 +28,7 @@ from .config import TrainConfig
 from .decide import Decisions, choose_device, decide
 from .ingredients import batches_of, corpus_of, ingredients
 from .memory import checkpoint_activations
-from .optim import build_optimizers, restore_optimizers
+from .optim import Inheritance, build_optimizers, restore_optimizers
 from .recipes import COMPILED_GAIN, Choice, choose, choose_first, with_choices
 from .run import Best, Run, Say, TrainingBatches, fingerprint_of, loss_of
 from .senses import Trained
@@ -176,6 +176,11 @@ def assemble(
         checkpoint_activations(model)
     if senses is not None and senses.config.freeze_thinker:
         model.requires_grad_(False)
+    inheritance = None
+    if settings.inherit:
+        parts = np.full((config.vocab_size, 2), -1)
+        parts[: corpus.tokenizer.vocab_size] = corpus.tokenizer.parts()
+        inheritance = Inheritance(parts, settings.inherit, decisions.device)
     optimizers = build_optimizers(
         model if senses is None else Trained(model, senses),
         optimizer=settings.optimizer,
@@ -184,6 +189,7 @@ def assemble(
         weight_decay=settings.weight_decay,
         betas=(settings.beta1, settings.adam_beta2(batches.tokens_per_batch)),
         muon_dtype=torch.bfloat16 if decisions.precision == "bfloat16" else torch.float32,
+        inheritance=inheritance,
     )
     scaler = torch.amp.GradScaler(torch.device(decisions.device).type, enabled=decisions.precision == "float16")
     return Run(folder, config, settings, decisions, corpus, model, optimizers, batches, scaler, publication, senses)
