@@ -36,8 +36,8 @@ TINY = 1e-12
 def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """Roughly the nearest orthogonal matrix to each of (M, R, C), in dtype: singular values become about 1.
 
-    They are first brought below 1 by their fourth powers' norm, a bound so near to the largest that four steps do what
-    takes five after the norm of the matrix itself. Its products are the first step's, so it costs nothing.
+    They are first divided by the eighth root of the sum of their eighth powers, so near to the largest that four steps
+    do what takes five after the norm of the matrix itself. The products for it are the first step's: it costs nothing.
     """
     R, C = matrices.shape[-2:]
     x = (matrices.mT if R > C else matrices).to(dtype)
