@@ -25,7 +25,7 @@ from thinker.config import ThinkerConfig
 from thinker.data.shards import Corpus, prepare
 from thinker.train.config import TrainConfig
 from thinker.train.held_out import LOOKS
-from thinker.train.recipes import decay_for, dropout_for, inherit_for, lr_for
+from thinker.train.recipes import INHERIT, decay_for, dropout_for, lr_for
 from thinker.train.run import Run
 
 from ..precision import fast
@@ -40,13 +40,16 @@ LOOKS_AT_NEW_TEXT = 5  # which only draw the curve
 LOOK_TOKENS = 5000  # of a look along the way, about
 ADAMW, OURS = "AdamW, cosine", "Thinker's recipe"
 LLAMA = f"{ADAMW}, no QK-norm"
+WITHOUT = f"{OURS}: no inheritance"
 TINY = ThinkerConfig.model_validate({"dropout": 0.0, "use_qk_norm": True})
 
 # As nanoGPT and many after it set AdamW; lr and rows are the best that were found, of those in `TUNED`.
 PLAIN = {"optimizer": "adamw", "schedule": "cosine", "warmup": 0.05, "beta2": 0.95, "weight_decay": 0.1}
 PLAIN |= {"lr": 8e-3, "batch_size": 4}
-RECIPE = {"optimizer": "muon", "schedule": "linear", "warmup": 0.02, "muon_lr": 1e-2, "batch_size": 4}
+RECIPE = {"optimizer": "muon", "schedule": "linear", "warmup": 0.02, "muon_lr": 1e-2}
+RECIPE |= {"batch_size": 4, "inherit": INHERIT}
 BARE = PLAIN | {"use_qk_norm": False, "lr": 2e-3}
+BEFORE = RECIPE | {"inherit": 0.0}
 SIDES: dict[str, dict[str, Any]] = {ADAMW: PLAIN, OURS: RECIPE, LLAMA: BARE}
 TUNED: dict[str, dict[str, Any]] = {
     f"{LLAMA}: lr 0.004": BARE | {"lr": 4e-3},
@@ -57,11 +60,12 @@ TUNED: dict[str, dict[str, Any]] = {
     "AdamW, cosine: lr 0.016": PLAIN | {"lr": 1.6e-2},
     "AdamW, cosine: 2 rows, lr 0.004": PLAIN | {"batch_size": 2, "lr": 4e-3},
     "AdamW, cosine: warm-up 0.15": PLAIN | {"warmup": 0.15},
-    f"{OURS}: no inheritance": RECIPE | {"inherit": 0.0},
-    f"{OURS}: no inheritance, lr 0.003": RECIPE | {"inherit": 0.0, "lr": 3e-3},
-    f"{OURS}: no decay": RECIPE | {"weight_decay": 0.0, "lr": 3e-3},
-    "Thinker's recipe: 8 rows": RECIPE | {"batch_size": 8},
-    "Thinker's recipe: lr 0.01": RECIPE | {"lr": 1e-2},
+    f"{OURS}: lr 0.005": RECIPE | {"lr": 5e-3},
+    WITHOUT: BEFORE,
+    f"{WITHOUT}, lr 0.003": BEFORE | {"lr": 3e-3},
+    f"{OURS}: no decay": BEFORE | {"weight_decay": 0.0, "lr": 3e-3},
+    "Thinker's recipe: 8 rows": BEFORE | {"batch_size": 8},
+    "Thinker's recipe: lr 0.01": BEFORE | {"lr": 1e-2},
 }
 
 
@@ -72,7 +76,7 @@ def contestant(corpus: Corpus, seed: int, chosen: dict[str, Any], tokens: float 
     if "weight_decay" not in chosen:
         steps = tokens / (chosen["batch_size"] * TINY.ctx_len)
         decay = decay_for(epochs, chosen["muon_lr"], steps)
-        chosen = {"weight_decay": decay, "lr": lr_for(epochs), "inherit": inherit_for(epochs)} | chosen
+        chosen = {"weight_decay": decay, "lr": lr_for(epochs)} | chosen
     of_network = {name: value for name, value in chosen.items() if name in ThinkerConfig.model_fields}
     of_run = {name: value for name, value in chosen.items() if name not in of_network}
     settings = TrainConfig.model_validate({"batch_size": 8, "seed": seed} | of_run)
@@ -143,7 +147,7 @@ def draw(results: dict[str, Any], share: float) -> None:
             if one["data"] == data and one["share"] == share
         ]
         pictures.learning(
-            HERE / f"bits_{data}.png", runs, list(SIDES), "tokens", value="bits per byte of held-out text"
+            HERE / f"bits_{data}.png", runs, [*SIDES, WITHOUT], "tokens", value="bits per byte of held-out text"
         )
 
 

@@ -28,7 +28,7 @@ PLENTY_OF_REPETITION = 12.0
 DECAY = 3.0
 MOST_DECAY = 0.1  # of a weight in one step, which only runs of a few steps come to
 LR_BESIDE_DECAY = 5e-3  # at 3e-3 the embedding and the head stay too small, at 1e-2 they learn repeated text by heart
-INHERIT = 0.5  # of its parts' rows in a merged token's, which is worth 1 to 3 % where text repeats
+INHERIT = 0.5  # of its parts' rows in a merged token's: a few per cent fewer bits, most where steps are few
 PATIENCE = 2  # of 12 looks: in the sweeps more never found a better state, less a worse one once
 COMPILED_GAIN = 1.5  # a compiled step against the eager one that was probed
 
@@ -74,7 +74,7 @@ def choose(
         Choice({"warmup": 0.02}, f"{max(1, round(0.02 * steps)):,} of some {steps:,.0f} steps"),
         _decay(settings, rates, steps, epochs),
     ]
-    if inherit_for(epochs) and settings.init is None and settings.tokenizer != "char":
+    if settings.init is None and settings.tokenizer != "char":
         choices.append(Choice({"inherit": INHERIT}, "what a token learns, tokens that contain it learn in part"))
     if settings.beta2 is None:
         half_life = max(BETA2_TOKENS, 13.5 * tokens_per_step)
@@ -122,11 +122,6 @@ def _rates(config: ThinkerConfig, settings: TrainConfig, epochs: float) -> Choic
 def lr_for(epochs: float) -> float:
     """AdamW's peak rate beside Muon: higher where weights decay, among them the embedding, which has to grow."""
     return FROM_NOTHING["lr"] if epochs < SHORT_OF_DATA else LR_BESIDE_DECAY
-
-
-def inherit_for(epochs: float) -> float:
-    """How much of its parts' rows a merged token's has: nothing where text is seen a few times."""
-    return 0.0 if epochs < SHORT_OF_DATA else INHERIT
 
 
 def decay_for(epochs: float, rate: float, steps: float) -> float:
