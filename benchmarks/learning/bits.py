@@ -25,7 +25,7 @@ from thinker.config import ThinkerConfig
 from thinker.data.shards import Corpus, prepare
 from thinker.train.config import TrainConfig
 from thinker.train.held_out import LOOKS
-from thinker.train.recipes import INHERIT, decay_for, dropout_for, lr_for
+from thinker.train.recipes import FROM_NOTHING, INHERIT, decay_for, dropout_for
 from thinker.train.run import Run
 
 from ..precision import fast
@@ -41,13 +41,14 @@ LOOK_TOKENS = 5000  # of a look along the way, about
 ADAMW, OURS = "AdamW, cosine", "Thinker's recipe"
 LLAMA = f"{ADAMW}, no QK-norm"
 WITHOUT = f"{OURS}: no inheritance"
+EARLIER = f"{WITHOUT}, lr 0.003"
 TINY = ThinkerConfig.model_validate({"dropout": 0.0, "use_qk_norm": True})
 
 # As nanoGPT and many after it set AdamW; lr and rows are the best that were found, of those in `TUNED`.
 PLAIN = {"optimizer": "adamw", "schedule": "cosine", "warmup": 0.05, "beta2": 0.95, "weight_decay": 0.1}
 PLAIN |= {"lr": 8e-3, "batch_size": 4}
-RECIPE = {"optimizer": "muon", "schedule": "linear", "warmup": 0.02, "muon_lr": 1e-2}
-RECIPE |= {"batch_size": 4, "inherit": INHERIT}
+RECIPE = {"optimizer": "muon", "schedule": "linear", "warmup": 0.02, "batch_size": 4}
+RECIPE |= {"lr": FROM_NOTHING["lr"], "muon_lr": FROM_NOTHING["muon_lr"], "inherit": INHERIT}
 BARE = PLAIN | {"use_qk_norm": False, "lr": 2e-3}
 BEFORE = RECIPE | {"inherit": 0.0}
 SIDES: dict[str, dict[str, Any]] = {ADAMW: PLAIN, OURS: RECIPE, LLAMA: BARE}
@@ -60,9 +61,9 @@ TUNED: dict[str, dict[str, Any]] = {
     "AdamW, cosine: lr 0.016": PLAIN | {"lr": 1.6e-2},
     "AdamW, cosine: 2 rows, lr 0.004": PLAIN | {"batch_size": 2, "lr": 4e-3},
     "AdamW, cosine: warm-up 0.15": PLAIN | {"warmup": 0.15},
-    f"{OURS}: lr 0.005": RECIPE | {"lr": 5e-3},
+    f"{OURS}: lr 0.003": RECIPE | {"lr": 3e-3},
     WITHOUT: BEFORE,
-    f"{WITHOUT}, lr 0.003": BEFORE | {"lr": 3e-3},
+    EARLIER: BEFORE | {"lr": 3e-3},
     f"{OURS}: no decay": BEFORE | {"weight_decay": 0.0, "lr": 3e-3},
     "Thinker's recipe: 8 rows": BEFORE | {"batch_size": 8},
     "Thinker's recipe: lr 0.01": BEFORE | {"lr": 1e-2},
@@ -70,13 +71,13 @@ TUNED: dict[str, dict[str, Any]] = {
 
 
 def contestant(corpus: Corpus, seed: int, chosen: dict[str, Any], tokens: float = 0) -> Run:
-    """A run of the tiny configuration at step 0; dropout, and decay and rate if not set, are for so many tokens."""
+    """A run of the tiny configuration at step 0; dropout, and decay if not set, are for so many tokens."""
     epochs = tokens / len(corpus.train)
     config = TINY.changed(vocab_size=corpus.tokenizer.vocab_size, dropout=dropout_for(epochs))
     if "weight_decay" not in chosen:
         steps = tokens / (chosen["batch_size"] * TINY.ctx_len)
         decay = decay_for(epochs, chosen["muon_lr"], steps)
-        chosen = {"weight_decay": decay, "lr": lr_for(epochs)} | chosen
+        chosen = {"weight_decay": decay} | chosen
     of_network = {name: value for name, value in chosen.items() if name in ThinkerConfig.model_fields}
     of_run = {name: value for name, value in chosen.items() if name not in of_network}
     settings = TrainConfig.model_validate({"batch_size": 8, "seed": seed} | of_run)
@@ -147,7 +148,11 @@ def draw(results: dict[str, Any], share: float) -> None:
             if one["data"] == data and one["share"] == share
         ]
         pictures.learning(
-            HERE / f"bits_{data}.png", runs, [*SIDES, WITHOUT], "tokens", value="bits per byte of held-out text"
+            HERE / f"bits_{data}.png",
+            runs,
+            [*SIDES, WITHOUT, EARLIER],
+            "tokens",
+            value="bits per byte of held-out text",
         )
 
 

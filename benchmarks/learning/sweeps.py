@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from thinker.train.held_out import LOOKS
-from thinker.train.recipes import FROM_NOTHING, lr_for, summed
+from thinker.train.recipes import FROM_NOTHING, summed
 
 from ..precision import fast
 from .nanogpt import characters, ours
@@ -98,9 +98,9 @@ def variant(text: Text, seed: int, steps: int, name: str) -> Any:
         epochs, dropout, decay = REPEATED[name]
         size = steps * ROWS * 64 // epochs
         few = Text(text.train[:size], text.valid[:MEASURED])
+        rates = {"lr": FROM_NOTHING["lr"]} if decay else {}
         weight_decay = decay / summed(FROM_NOTHING["muon_lr"], steps)
-        lr = lr_for(epochs) if decay else FROM_NOTHING["lr"]
-        return ours(few, seed, steps, compiled=False, dropout=dropout, weight_decay=weight_decay, lr=lr)
+        return ours(few, seed, steps, compiled=False, dropout=dropout, weight_decay=weight_decay, **rates)
     changes = dict(CHANGES[name])
     steps = steps * ROWS // changes.get("batch_size", ROWS)
     if "ramp" in changes:
