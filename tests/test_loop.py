@@ -103,6 +103,24 @@ def test_a_run_repeats_bit_for_bit(text, tmp_path, options):
     assert_same(weights(first), weights(second))
 
 
+def test_a_run_inherits_by_its_tokenizers_merges(text, tmp_path):
+    """Bug: the setting reaches no optimiser, or rows of another numbering move together."""
+    assert not any(
+        "inheritance" in group
+        for one in begin(ARCHITECTURE, settings(text, tmp_path / "a", inherit=0.0), set(), quiet).optimizers
+        for group in one.param_groups
+    )
+    run = begin(ARCHITECTURE, settings(text, tmp_path / "b", inherit=0.5), set(), quiet)
+    (group,) = [group for one in run.optimizers for group in one.param_groups if "inheritance" in group]
+    parts = run.corpus.tokenizer.parts()
+    merged = parts[:, 0] >= 0
+    assert merged.sum() == 300 - 288
+    own = torch.randn(300, 3)
+    rows = group["inheritance"].spread(own)
+    torch.testing.assert_close(rows[merged], own[merged] + 0.5 * rows[parts[merged]].sum(dim=1))
+    assert torch.equal(rows[~merged], own[~merged])
+
+
 @pytest.mark.parametrize(
     ("architecture", "options"),
     [

@@ -183,6 +183,22 @@ def test_training_what_tokens_inherit_is_training_what_they_own():
     torch.testing.assert_close(other.detach(), torch.full((2, 2), 0.6))
 
 
+def test_a_step_whose_gradients_overflowed_moves_nothing():
+    """Bug: with float16 the fused kernel skips such a step, and rows move by the decay that it left out."""
+    matrix = torch.nn.Parameter(torch.ones(6, 3))
+    group = {"params": [matrix], "inheritance": Inheritance(PARTS, 0.5), "weight_decay": 0.3}
+    optimizer = AdamW([group], lr=0.1, betas=(0.9, 0.95))
+    scaler = torch.amp.GradScaler("cpu")
+    for gradient, moves in ((math.inf, False), (1.0, True)):
+        before = matrix.detach().clone()
+        scaler.scale((matrix * gradient).sum()).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert torch.equal(matrix.detach(), before) != moves
+
+
 def test_inheritance_is_of_the_embedding_and_the_head():
     """Bug: a router's rows count as tokens, a tied matrix moves twice, or one of the two is left out."""
     settings = {"lr": 1e-3, "muon_lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95), "muon_dtype": torch.float32}

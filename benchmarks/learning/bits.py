@@ -50,7 +50,7 @@ PLAIN |= {"lr": 8e-3, "batch_size": 4}
 RECIPE = {"optimizer": "muon", "schedule": "linear", "warmup": 0.02, "batch_size": 4}
 RECIPE |= {"lr": FROM_NOTHING["lr"], "muon_lr": FROM_NOTHING["muon_lr"], "inherit": INHERIT}
 BARE = PLAIN | {"use_qk_norm": False, "lr": 2e-3}
-BEFORE = RECIPE | {"inherit": 0.0}
+BEFORE = RECIPE | {"inherit": 0.0, "lr": 3e-3}
 SIDES: dict[str, dict[str, Any]] = {ADAMW: PLAIN, OURS: RECIPE, LLAMA: BARE}
 TUNED: dict[str, dict[str, Any]] = {
     f"{LLAMA}: lr 0.004": BARE | {"lr": 4e-3},
@@ -62,9 +62,9 @@ TUNED: dict[str, dict[str, Any]] = {
     "AdamW, cosine: 2 rows, lr 0.004": PLAIN | {"batch_size": 2, "lr": 4e-3},
     "AdamW, cosine: warm-up 0.15": PLAIN | {"warmup": 0.15},
     f"{OURS}: lr 0.003": RECIPE | {"lr": 3e-3},
-    WITHOUT: BEFORE,
-    EARLIER: BEFORE | {"lr": 3e-3},
-    f"{OURS}: no decay": BEFORE | {"weight_decay": 0.0, "lr": 3e-3},
+    WITHOUT: RECIPE | {"inherit": 0.0},
+    EARLIER: BEFORE,
+    f"{OURS}: no decay": BEFORE | {"weight_decay": 0.0},
     "Thinker's recipe: 8 rows": BEFORE | {"batch_size": 8},
     "Thinker's recipe: lr 0.01": BEFORE | {"lr": 1e-2},
 }
@@ -76,8 +76,7 @@ def contestant(corpus: Corpus, seed: int, chosen: dict[str, Any], tokens: float 
     config = TINY.changed(vocab_size=corpus.tokenizer.vocab_size, dropout=dropout_for(epochs))
     if "weight_decay" not in chosen:
         steps = tokens / (chosen["batch_size"] * TINY.ctx_len)
-        decay = decay_for(epochs, chosen["muon_lr"], steps)
-        chosen = {"weight_decay": decay} | chosen
+        chosen = chosen | {"weight_decay": decay_for(epochs, chosen["muon_lr"], steps)}
     of_network = {name: value for name, value in chosen.items() if name in ThinkerConfig.model_fields}
     of_run = {name: value for name, value in chosen.items() if name not in of_network}
     settings = TrainConfig.model_validate({"batch_size": 8, "seed": seed} | of_run)

@@ -37,7 +37,7 @@ NARROW = ThinkerConfig.model_validate({"d_model": 128, "ctx_len": 256, "dropout"
 
 def main() -> None:
     """Run what `repeated.json` lacks and print the table."""
-    parser = argparse.ArgumentParser(description="AdamW's rate where text repeats.")
+    parser = argparse.ArgumentParser(description="AdamW's rate, and inheritance, where text repeats.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rates", type=float, nargs="+", default=[0.003, 0.005, 0.01])
     parser.add_argument("--inherit", type=float, nargs="+", default=[0.0, INHERIT])

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 Schedule = Literal["linear", "cosine", "wsd", "constant"]
 
 COSINE_END = 0.1  # of the peak, as nanoGPT has it
+OF_TOKENS = ("tok_emb.weight", "head.weight")  # a row a token; one parameter when they are tied
 
 # Four steps of the Polar Express (arXiv 2505.16932): the odd polynomials a x + b x³ + c x⁵ that together bring all
 # values between 0.0045 and 1 closest to 1, here to within 0.13. All but the last are stretched by 1 % for rounding.
@@ -30,7 +31,7 @@ POLAR_EXPRESS = (
     (3.3117236322879706, -2.4343889067896782, 0.4874137299482929),
     (2.324057323014973, -1.6898264502235854, 0.4210712535903383),
 )
-TINY = 1e-12
+TINY = 1e-12  # so that a matrix of zeros stays one
 
 
 def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -204,17 +205,18 @@ def build_optimizers(
     of the hidden ones. `inheritance` is that of the embedding and the head.
     """
     hidden = hidden_matrices(model)
-    rest = [p for name, p in model.named_parameters() if name not in hidden]
-    matrices, vectors = [p for p in rest if p.dim() >= 2], [p for p in rest if p.dim() < 2]
+    rest = {name: p for name, p in model.named_parameters() if name not in hidden}
+    vectors = [p for p in rest.values() if p.dim() < 2]
+    heirs = () if inheritance is None else OF_TOKENS
+    matrices = [p for name, p in rest.items() if p.dim() >= 2 and name not in heirs]
     built: list[torch.optim.Optimizer] = []
     pace = muon_lr / lr if optimizer == "muon" else 1.0
     groups: list[dict[str, Any]] = [
         {"params": vectors, "weight_decay": 0.0},
         {"params": matrices, "weight_decay": weight_decay * pace},
     ]
-    if inheritance is not None:
-        of_tokens = [p for name, p in model.named_parameters() if name in ("tok_emb.weight", "head.weight")]
-        groups[1]["params"] = [p for p in matrices if not any(p is one for one in of_tokens)]
+    if heirs:
+        of_tokens = [rest[name] for name in heirs if name in rest]
         groups.append({"params": of_tokens, "weight_decay": weight_decay * pace, "inheritance": inheritance})
     if optimizer == "muon":
         fused = [p for name, p in hidden.items() if name.endswith("qkv.weight")]
