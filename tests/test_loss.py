@@ -78,11 +78,12 @@ def test_chunks_equal_autograd(monkeypatch: pytest.MonkeyPatch, rows: int, ignor
 
 
 def test_chunk_size_and_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches chunks that grow with the vocabulary, a border between two, a derivative that only looks right."""
-    assert loss.rows_at_once(torch.empty(5000, 1)) == 2048
-    assert loss.rows_at_once(torch.empty(50_000, 1)) == 128
-    assert loss.rows_at_once(torch.empty(loss.LOGITS_AT_ONCE + 1, 1)) == 1
+    """Catches chunks of all logits or of a few rows, a border between two, a derivative that only looks right."""
+    assert loss.rows_at_once(torch.empty(65, 1)) == 32_768
+    assert loss.rows_at_once(torch.empty(5000, 1)) == 512
+    assert loss.rows_at_once(torch.empty(loss.LOGITS_AT_ONCE + 1, 1)) == 512
     monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 6 * 64)
+    monkeypatch.setattr(loss, "FEWEST_ROWS", 1)
     draws = torch.Generator().manual_seed(3)
     hidden = torch.randn(64 + 5, 4, generator=draws, dtype=torch.float64, requires_grad=True)
     head = torch.randn(6, 4, generator=draws, dtype=torch.float64, requires_grad=True)

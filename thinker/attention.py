@@ -74,9 +74,9 @@ def blocked_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     for start in range(0, T, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, T)
         scores = q[..., start:end, :] @ k_turned[..., :end]  # (B, G, R, block, end)
-        future = torch.ones(end - start, end, dtype=torch.bool, device=q.device).triu(start + 1)
-        weights = scores.masked_fill(future, -torch.inf).softmax(dim=-1, dtype=_accumulate(scores)).to(q.dtype)
-        outputs.append(weights @ v[..., :end, :])
+        # Added in float32, which widens the scores, rather than filled in: backwards that costs nothing.
+        future = torch.full((end - start, end), -torch.inf, dtype=torch.float32, device=q.device).triu(start + 1)
+        outputs.append((scores + future).softmax(dim=-1).to(q.dtype) @ v[..., :end, :])
     return torch.cat(outputs, dim=-2).view(B, H, T, width)
 
 
@@ -95,7 +95,3 @@ def masked(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Te
         hidden = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill(~visible, -torch.inf)
         scores = scores + hidden.unsqueeze(-3)
     return (scores.softmax(dim=-1) @ v.unsqueeze(2)).view(B, H, T, width)
-
-
-def _accumulate(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 from .model import ThinkerLM
 
 IGNORE = -100  # a target that doesn't count, as everywhere in torch
-LOGITS_AT_ONCE = 10 << 20  # 40 MB in float32, whatever the vocabulary
+# Logits held at once: 10 MB in float32 are near a processor; under 512 rows, adding to the head's gradient costs more.
+LOGITS_AT_ONCE, FEWEST_ROWS = 5 << 19, 512
 
 
 class LossParts(NamedTuple):
@@ -72,7 +73,7 @@ def check_targets(targets: Tensor, hidden: Tensor, vocab_size: int) -> None:
 
 def rows_at_once(head: Tensor) -> int:
     """How many rows' logits are held together, for a head (V, D): a power of two."""
-    return 1 << max(LOGITS_AT_ONCE // len(head), 1).bit_length() - 1
+    return max(FEWEST_ROWS, 1 << max(LOGITS_AT_ONCE // len(head), 1).bit_length() - 1)
 
 
 def cross_entropy_sum(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
@@ -80,16 +81,8 @@ def cross_entropy_sum(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         return _ChunkedCrossEntropy.apply(hidden, head, targets)
     chunks = zip(hidden.split(rows_at_once(head)), targets.split(rows_at_once(head)), strict=True)
-    return torch.stack([_chunk_loss(F.linear(rows, head), wanted)[0] for rows, wanted in chunks]).sum()
-
-
-def _chunk_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of a chunk of rows, and what its gradient needs: logits wide enough, and their log-sum-exp."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    log_sum = logits.logsumexp(dim=-1)  # (rows,)
-    counted = targets != IGNORE
-    chosen = logits.gather(-1, targets.clamp(min=0)[:, None]).squeeze(-1)
-    return torch.where(counted, log_sum - chosen, 0).sum(), logits, log_sum
+    losses = [F.cross_entropy(_widened(F.linear(rows, head)), wanted, reduction="sum") for rows, wanted in chunks]
+    return torch.stack(losses).sum()
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -104,12 +97,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden_grads = []
         head_grad = torch.zeros_like(head)
         for rows, wanted in zip(hidden.split(rows_at_once(head)), targets.split(rows_at_once(head)), strict=True):
-            loss, logits, log_sum = _chunk_loss(F.linear(rows, head), wanted)
+            loss, error = _loss_and_error(F.linear(rows, head), wanted)
             total = total + loss
-            # d loss / d logits = softmax - one_hot(target), zero where nothing was asked
-            index = torch.arange(logits.shape[-1], device=logits.device)
-            error = (logits - log_sum[:, None]).exp() - (index == wanted[:, None]).to(logits.dtype)
-            error = torch.where((wanted != IGNORE)[:, None], error, 0).to(rows.dtype)
             hidden_grads.append(error @ head)
             head_grad = head_grad + error.T @ rows
         ctx.save_for_backward(torch.cat(hidden_grads).to(hidden.dtype), head_grad)
@@ -120,6 +109,26 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, upstream: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
         hidden_grad, head_grad = ctx.saved_tensors
         return hidden_grad * upstream.to(hidden_grad.dtype), head_grad * upstream.to(head_grad.dtype), None
+
+
+def _loss_and_error(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The summed loss of a chunk of rows, and d loss / d logits in the logits' own precision.
+
+    In the order of a softmax, and nothing between in memory, so that a compiler makes one pass of it over each row.
+    """
+    wide, counted = _widened(logits), (targets != IGNORE)[:, None]
+    highest = wide.amax(dim=-1, keepdim=True)  # (rows, 1)
+    powers = (wide - highest).exp()
+    sums = powers.sum(dim=-1, keepdim=True)
+    chosen = wide.gather(-1, targets.clamp(min=0)[:, None])
+    # softmax - one_hot(target), zero where nothing was asked
+    index = torch.arange(logits.shape[-1], device=logits.device)
+    error = torch.where(counted, powers / sums - (index == targets[:, None]).to(wide.dtype), 0)
+    return torch.where(counted, sums.log() + highest - chosen, 0).sum(), error.to(logits.dtype)
+
+
+def _widened(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def balance_loss(router_logits: tuple[Tensor, ...], real_tokens: Tensor | None, chosen_per_token: int) -> Tensor:
