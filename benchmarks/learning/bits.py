@@ -25,7 +25,7 @@ from thinker.config import ThinkerConfig
 from thinker.data.shards import Corpus, prepare
 from thinker.train.config import TrainConfig
 from thinker.train.held_out import LOOKS
-from thinker.train.recipes import FROM_NOTHING, INHERIT, decay_for, dropout_for
+from thinker.train.recipes import FROM_NOTHING, INHERIT, decay_for, dropout_for, lr_for
 from thinker.train.run import Run
 
 from ..precision import fast
@@ -48,7 +48,7 @@ TINY = ThinkerConfig.model_validate({"dropout": 0.0, "use_qk_norm": True})
 PLAIN = {"optimizer": "adamw", "schedule": "cosine", "warmup": 0.05, "beta2": 0.95, "weight_decay": 0.1}
 PLAIN |= {"lr": 8e-3, "batch_size": 4}
 RECIPE = {"optimizer": "muon", "schedule": "linear", "warmup": 0.02, "batch_size": 4}
-RECIPE |= {"lr": FROM_NOTHING["lr"], "muon_lr": FROM_NOTHING["muon_lr"], "inherit": INHERIT}
+RECIPE |= {"muon_lr": FROM_NOTHING["muon_lr"], "inherit": INHERIT}  # lr, dropout and decay: by the tokens
 BARE = PLAIN | {"use_qk_norm": False, "lr": 2e-3}
 BEFORE = RECIPE | {"inherit": 0.0, "lr": 3e-3}
 SIDES: dict[str, dict[str, Any]] = {ADAMW: PLAIN, OURS: RECIPE, LLAMA: BARE}
@@ -62,6 +62,9 @@ TUNED: dict[str, dict[str, Any]] = {
     "AdamW, cosine: 2 rows, lr 0.004": PLAIN | {"batch_size": 2, "lr": 4e-3},
     "AdamW, cosine: warm-up 0.15": PLAIN | {"warmup": 0.15},
     f"{OURS}: lr 0.003": RECIPE | {"lr": 3e-3},
+    f"{OURS}: lr 0.005": RECIPE | {"lr": 5e-3},
+    f"{OURS}: lr 0.008": RECIPE | {"lr": 8e-3},
+    f"{OURS}: lr 0.02": RECIPE | {"lr": 2e-2},
     WITHOUT: RECIPE | {"inherit": 0.0},
     EARLIER: BEFORE,
     f"{OURS}: no decay": BEFORE | {"weight_decay": 0.0},
@@ -71,9 +74,10 @@ TUNED: dict[str, dict[str, Any]] = {
 
 
 def contestant(corpus: Corpus, seed: int, chosen: dict[str, Any], tokens: float = 0) -> Run:
-    """A run of the tiny configuration at step 0; dropout, and decay if not set, are for so many tokens."""
+    """A run of the tiny configuration at step 0; dropout, and rate and decay if not set, are for so many tokens."""
     epochs = tokens / len(corpus.train)
     config = TINY.changed(vocab_size=corpus.tokenizer.vocab_size, dropout=dropout_for(epochs))
+    chosen = {"lr": lr_for(epochs)} | chosen
     if "weight_decay" not in chosen:
         steps = tokens / (chosen["batch_size"] * TINY.ctx_len)
         chosen = chosen | {"weight_decay": decay_for(epochs, chosen["muon_lr"], steps)}

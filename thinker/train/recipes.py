@@ -20,6 +20,8 @@ from .config import BETA2_TOKENS, TrainConfig
 TOKENS_PER_WIDTH = 8
 WIDTH_OF_RATES = 256  # the d_model that AdamW's rate below was found at
 FROM_NOTHING = {"lr": 5e-3, "muon_lr": 1e-2, "adamw_lr": 2e-3}
+# AdamW's beside Muon, for texts until they repeat; beside decay it bounds how large the embedding and the head become.
+LR_ON_NEW_TEXT = 1.2e-2
 # A tenth of rates that new models had; three tenths learned more of the new text (0.14 nats) and forgot more (0.15).
 FINE_TUNING = {"lr": 3e-4, "muon_lr": 1e-3, "adamw_lr": 2e-4}
 SHORT_OF_DATA = 4.0  # epochs from which on there is dropout, and weights decay: at 3 dropout cost, at 12 both helped
@@ -67,7 +69,7 @@ def choose(
     config: ThinkerConfig, settings: TrainConfig, given: set[str], tokens_per_step: int, steps: float, epochs: float
 ) -> list[Choice]:
     """Everything else, when rows and expected length are known. `given` names what a person set of the architecture."""
-    rates = _rates(config, settings)
+    rates = _rates(config, settings, epochs)
     choices = [
         rates,
         Choice({"schedule": "linear"}, "to zero at the end, so that longer runs lose nothing"),
@@ -102,16 +104,23 @@ def with_choices(
     return settings.changed(**of_run), config.changed(**{name: values[name] for name in values.keys() - of_run.keys()})
 
 
-def _rates(config: ThinkerConfig, settings: TrainConfig) -> Choice:
+def _rates(config: ThinkerConfig, settings: TrainConfig, epochs: float) -> Choice:
     """Peak learning rates."""
     narrow = (WIDTH_OF_RATES / max(config.d_model, WIDTH_OF_RATES)) ** 0.5
     if settings.init is not None:
         rates, why = FINE_TUNING, "low, for a model that knows something already"
     else:
         rates, why = FROM_NOTHING, f"from nothing, at d_model {config.d_model}"
+        if not settings.chat:  # for conversations, and what is seen and heard in them, the sweeps haven't asked
+            rates = rates | {"lr": lr_for(epochs)}
     if settings.optimizer == "adamw":
         return Choice({"lr": rounded(narrow * rates["adamw_lr"])}, why)
     return Choice({"lr": rounded(narrow * rates["lr"]), "muon_lr": rates["muon_lr"]}, why)
+
+
+def lr_for(epochs: float) -> float:
+    """AdamW's peak rate beside Muon on texts, for a new model as wide as `WIDTH_OF_RATES`."""
+    return LR_ON_NEW_TEXT if epochs < SHORT_OF_DATA else FROM_NOTHING["lr"]
 
 
 def decay_for(epochs: float, rate: float, steps: float) -> float:
