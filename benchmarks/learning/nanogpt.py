@@ -21,6 +21,7 @@ import torch
 from thinker.config import ThinkerConfig
 from thinker.data.sources import open_sources
 from thinker.train.config import TrainConfig
+from thinker.train.recipes import LR_ON_NEW_TEXT
 from thinker.train.run import Run
 
 from ..precision import fast
@@ -74,8 +75,8 @@ def vocabulary(text: Text) -> int:
 
 CONTESTANTS = {
     NANOGPT: nanogpt,
-    OURS: ours,
-    OURS_SHORT: lambda text, seed: ours(text, seed, steps=250, batch_size=12),
+    OURS: lambda text, seed: ours(text, seed, lr=LR_ON_NEW_TEXT),
+    OURS_SHORT: lambda text, seed: ours(text, seed, steps=250, batch_size=12, lr=LR_ON_NEW_TEXT),
 }
 
 
