@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from .model import ThinkerLM
 
 IGNORE = -100  # a target that doesn't count, as everywhere in torch
-# Logits held at once: 10 MB in float32 are near a processor; under 512 rows, adding to the head's gradient costs more.
+# 10 MB in float32 stay near a processor; with fewer rows than that, adding up the head's gradient costs more.
 LOGITS_AT_ONCE, FEWEST_ROWS = 5 << 19, 512
 
 

@@ -20,7 +20,8 @@ from .config import BETA2_TOKENS, TrainConfig
 TOKENS_PER_WIDTH = 8
 WIDTH_OF_RATES = 256  # the d_model that AdamW's rate below was found at
 FROM_NOTHING = {"lr": 5e-3, "muon_lr": 1e-2, "adamw_lr": 2e-3}
-# AdamW's beside Muon, for texts until they repeat; beside decay it bounds how large the embedding and the head become.
+# AdamW's beside Muon on texts that don't repeat. Where they do, weights decay, and the rate bounds how large the
+# embedding and the head become: there the lower one is ahead.
 LR_ON_NEW_TEXT = 1.2e-2
 # A tenth of rates that new models had; three tenths learned more of the new text (0.14 nats) and forgot more (0.15).
 FINE_TUNING = {"lr": 3e-4, "muon_lr": 1e-3, "adamw_lr": 2e-4}
