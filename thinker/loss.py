@@ -81,7 +81,10 @@ def cross_entropy_sum(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         return _ChunkedCrossEntropy.apply(hidden, head, targets)
     chunks = zip(hidden.split(rows_at_once(head)), targets.split(rows_at_once(head)), strict=True)
-    losses = [F.cross_entropy(_widened(F.linear(rows, head)), wanted, reduction="sum") for rows, wanted in chunks]
+    losses = [
+        F.cross_entropy(_widened(F.linear(rows, head)), wanted, ignore_index=IGNORE, reduction="sum")
+        for rows, wanted in chunks
+    ]
     return torch.stack(losses).sum()
 
 
