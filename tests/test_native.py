@@ -15,6 +15,7 @@ from numba import njit
 
 from benchmarks import same_bytes
 from thinker import moe
+from thinker.decode.decoder import Decoder
 from thinker.decode.native import open_native, processor, product, rows
 from thinker.decode.native.elementwise import to_float16
 from thinker.decode.native.pace import LEAST, MOST, Pace
@@ -326,16 +327,47 @@ def test_many_tokens_in_one_call_are_those_of_single_steps(temperature):
         token = int(draws.draw([0], decoder.prefill(0, [1, 2, 3])[None])[0])
         text = [token]
         while len(text) < 21:
-            text += decoder.run(0, text[-1], draws, min(burst, 21 - len(text)))
+            text += decoder.run([0], text[-1:], draws, min(burst, 21 - len(text)))[0].tolist()
         written.append(text)
     assert written[0] == written[1] == written[2] == written[3]
     stop = written[0][6]
     decoder, draws = open_native(files_of(model), threads=2), Draws(1, config.vocab_size)
     draws.begin(0, sampling, 0, [1, 2, 3])
     first = int(draws.draw([0], decoder.prefill(0, [1, 2, 3])[None])[0])
-    ended = [first, *decoder.run(0, first, draws, 20, {stop})]
+    ended = [first, *decoder.run([0], [first], draws, 20, {stop})[0].tolist()]
     assert ended == written[0][: written[0].index(stop) + 1]
     assert decoder.length(0) == 3 + len(ended) - 1
+
+
+def test_many_slots_in_one_call_draw_what_each_draws_alone():
+    """Bug: a slot goes on with its neighbour's token, or one that another slot's end cut short loses some."""
+    config = small("dense")
+    model = model_of(config)
+    sampling = Sampling(temperature=0.9, seed=7)
+    prompts = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
+
+    def begun(decoder: Decoder) -> tuple[Draws, np.ndarray]:
+        draws = Draws(3, config.vocab_size)
+        for slot, prompt in enumerate(prompts):
+            draws.begin(slot, sampling, slot, prompt)
+        first = [int(draws.draw([slot], decoder.prefill(slot, prompt)[None])[0]) for slot, prompt in enumerate(prompts)]
+        return draws, np.array(first)
+
+    alone = open_native(files_of(model), 3, threads=1)
+    draws, first = begun(alone)
+    expected = np.concatenate([alone.run([slot], first[[slot]], draws, 40) for slot in range(3)])
+    stop = int(expected[1, 5])
+    cut = 1 + int((expected == stop).any(axis=0).argmax())
+    for decoder in (open_native(files_of(model), 3, threads=2), TorchDecoder(model, 3)):
+        draws, first = begun(decoder)
+        begin = decoder.run([2, 0, 1], first[[2, 0, 1]], draws, 40, {stop})
+        assert (begin == expected[[2, 0, 1], :cut]).all()
+        assert [decoder.length(slot) for slot in range(3)] == [len(prompt) + cut for prompt in prompts]
+        rest = decoder.run([2, 0, 1], begin[:, -1], draws, 40 - cut)
+        assert (rest == expected[[2, 0, 1], cut:]).all()
+        for wrong in (0, config.ctx_len):
+            with pytest.raises(ValueError, match="count is 0" if wrong == 0 else "exceed ctx_len"):
+                decoder.run([0, 1], first[:2], draws, wrong)
 
 
 @pytest.mark.parametrize("config", ["gqa_qk_norm", "moe"], indirect=True)

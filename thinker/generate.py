@@ -23,7 +23,7 @@ from .tokenizer import Tokenizer
 FinishReason = Literal["eos", "stop", "length"]
 
 CONTEXT_FOR_TEXT = 8  # last tokens of the prompt that are decoded first, so that a leading space is not lost
-BURST_SECONDS = 0.02  # a single text is computed in calls of about this length: smooth to watch, quick to interrupt
+BURST_SECONDS = 0.02  # tokens are computed in calls of about this length: smooth to watch, quick to interrupt
 LONGEST_BURST = 64
 
 
@@ -222,14 +222,14 @@ class Engine:
                 slot, one, id = self._begin(place, request, running, reuse)
                 running[slot] = one
                 drawn = {slot: [id]}
-            elif len(running) == 1:
-                (slot,) = running
-                began = time.perf_counter()
-                drawn = {slot: self._continue(slot, running[slot], burst)}
-                seconds = time.perf_counter() - began
-                burst = min(2 * burst, LONGEST_BURST) if seconds < BURST_SECONDS / 2 else max(burst // 2, 1)
             else:
-                drawn = self._advance(running)
+                began = time.perf_counter()
+                drawn = self._continue(running, burst)
+                seconds = time.perf_counter() - began
+                if seconds < BURST_SECONDS / 2:
+                    burst = min(2 * burst, LONGEST_BURST)
+                elif seconds > BURST_SECONDS:
+                    burst = max(burst // 2, 1)
             for slot, ids in drawn.items():
                 piece = running[slot].push(ids)
                 if piece.result is not None:
@@ -272,18 +272,13 @@ class Engine:
         most = min(len(held), len(wanted) - 1)
         return next((i for i in range(most) if held[i] != wanted[i]), max(most, 0))
 
-    def _continue(self, slot: int, one: _Running, burst: int) -> list[int]:
-        """Up to `burst` tokens for the only text there is, in one call."""
-        last, count = one.continuation.tokens[-1], min(burst, one.continuation.remaining)
-        ids = self.decoder.run(slot, last, self._draws, count, one.request.eos_ids)
-        self._held[slot] += [last, *ids[:-1]]
-        return ids
-
-    def _advance(self, running: dict[int, _Running]) -> dict[int, list[int]]:
-        """One token for each text."""
+    def _continue(self, running: dict[int, _Running], burst: int) -> dict[int, list[int]]:
+        """Up to `burst` tokens for each text, in one call; fewer when one of them ends."""
         slots = sorted(running)
         last = [running[slot].continuation.tokens[-1] for slot in slots]
-        drawn = self.decoder.advance(slots, last, self._draws)
+        count = min(burst, *(one.continuation.remaining for one in running.values()))
+        stop = frozenset().union(*(one.request.eos_ids for one in running.values()))
+        drawn = dict(zip(slots, self.decoder.run(slots, last, self._draws, count, stop).tolist(), strict=True))
         for slot, id in zip(slots, last, strict=True):
-            self._held[slot].append(id)
-        return {slot: [id] for slot, id in zip(slots, drawn.tolist(), strict=True)}
+            self._held[slot] += [id, *drawn[slot][:-1]]
+        return drawn

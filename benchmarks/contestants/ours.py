@@ -74,11 +74,7 @@ def decode(
             logits = decoder.prefill(slot, tokens)
             draws.begin(slot, Sampling(**sampling), slot, tokens)
             last[slot] = draws.draw([slot], logits[None])[0]
-        if streams == 1:
-            decoder.run(0, int(last[0]), draws, new - 1)
-        else:
-            for _ in range(new - 1):
-                last = decoder.advance(slots, last, draws)
+        decoder.run(slots, last, draws, new - 1)
         return time.perf_counter() - start
 
     return Ready(turn, streams * new, about)
@@ -101,7 +97,7 @@ def next_token(model: str, dtype: NativeType, context: int, cached: bool) -> Rea
         decoder.truncate(0, context - 1 if cached else 0)
         start = time.perf_counter()
         if cached:
-            decoder.run(0, int(tokens[-1]), draws, 1)
+            decoder.run([0], tokens[-1:], draws)
         else:
             draws.draw([0], decoder.prefill(0, tokens)[None])
         return time.perf_counter() - start

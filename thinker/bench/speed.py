@@ -123,11 +123,7 @@ def decode(decoder: Decoder, streams: int, prompt: int, new: int) -> float:
         decoder.prefill(slot, tokens)
     slots, last = np.arange(streams), np.resize(tokens, streams)
     start = time.perf_counter()
-    if streams == 1:
-        decoder.run(0, int(last[0]), draws, new)
-    else:
-        for _ in range(new):
-            last = decoder.advance(slots, last, draws)
+    decoder.run(slots, last, draws, new)
     return time.perf_counter() - start
 
 

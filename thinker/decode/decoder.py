@@ -69,21 +69,28 @@ class Decoder(ABC):
         Raises `ValueError` as `prefill` does; then no slot has changed.
         """
 
-    def advance(self, slots: ArrayLike, tokens: ArrayLike, draws: Draws) -> np.ndarray:
-        """Append one token to each of n different slots and draw the next one of each: int64 (n,)."""
-        return draws.draw(slots, self.step(slots, tokens))
+    def run(
+        self, slots: ArrayLike, tokens: ArrayLike, draws: Draws, count: int = 1, stop: Collection[int] = ()
+    ) -> np.ndarray:
+        """Append a token to each of n different slots, draw the next one of each, append those, and so on.
 
-    def run(self, slot: int, token: int, draws: Draws, count: int, stop: Collection[int] = ()) -> list[int]:
-        """Append `token`, draw, append what was drawn, and so on: the 1 to `count` ids drawn, a stop id the last.
-
-        The last id returned is drawn but not yet appended, as with `advance`. Raises `ValueError` beyond `ctx_len`.
+        Returns the ids drawn, int64 (n, k): k is `count`, or less where a slot drew a stop id, with which all end. The
+        last ones are drawn but not yet appended. Raises `ValueError` as `step` does, and beyond `ctx_len`.
         """
-        check_room(self.config, self.length(slot), count)
-        drawn: list[int] = []
-        while len(drawn) < count and (not drawn or token not in stop):
-            token = int(self.advance([slot], [token], draws)[0])
-            drawn.append(token)
-        return drawn
+        chosen = check_slots(self.slots, np.asarray(slots))
+        check_count(self.config, max(self.length(int(slot)) for slot in chosen), count)
+        drawn: list[np.ndarray] = []
+        while len(drawn) < count and not (drawn and any(id in stop for id in drawn[-1].tolist())):
+            tokens = draws.draw(chosen, self.step(chosen, tokens))
+            drawn.append(tokens)
+        return np.stack(drawn, axis=1)
+
+
+def check_count(config: ThinkerConfig, held: int, count: int) -> None:
+    """Raise `ValueError` unless `count` tokens, at least one, fit on top of `held` ones."""
+    if count < 1:
+        raise ValueError(f"count is {count}: draw at least 1 token")
+    check_room(config, held, count)
 
 
 def check_room(config: ThinkerConfig, held: int, new: int) -> None:
