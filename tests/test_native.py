@@ -16,8 +16,9 @@ from numba import njit
 from benchmarks import same_bytes
 from thinker import moe
 from thinker.decode.decoder import Decoder
-from thinker.decode.native import open_native, processor, product, rows
+from thinker.decode.native import ahead, open_native, processor, product, rows
 from thinker.decode.native.elementwise import to_float16
+from thinker.decode.native.layout import PIECE
 from thinker.decode.native.pace import LEAST, MOST, Pace
 from thinker.decode.torch_decoder import TorchDecoder
 from thinker.formats.q8 import Q8Tensor
@@ -212,7 +213,7 @@ def test_products_of_bytes_are_exact(instructions, outputs, monkeypatch):
     def multiply(x, w, scales, out):
         for at in range(0, 64, outputs):  # whole panels, or parts of them one by one
             panel = at // 32 * 32
-            tile(x, 0, step, w, panel * k, 32 * k, at - panel, product.Q8, scales, k, out, at, 64)
+            tile(x, 0, step, w, panel * k, 32 * k, at - panel, product.Q8, scales, k, 0, out, at, 64)
 
     multiply(rows.ctypes.data, laid.ctypes.data, scales.ctypes.data, out.ctypes.data)
     sums = np.einsum("rbi,pobi->rpob", whole, weights).astype(np.float32)  # each rounded once
@@ -307,6 +308,35 @@ def test_slots_come_and_go():
         new = tokens_of(config, int(rng.integers(1, 6)), seed=int(rng.integers(1000)))
         held[slot] += new.tolist()
         assert_within(decoder.prefill(slot, new), logits_of(model, held[slot])[-1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("config", ["dense", "gqa_qk_norm", "moe"], indirect=True)
+def test_what_is_fetched_ahead_is_what_attention_will_read(config, dtype):
+    """Bug: another slot's keys come, another layer's, or those that nobody sees: slow, and no number shows it."""
+    config = config.changed(d_ff=64, head_dim=64)
+    slots, lengths = 9, [1, 5, 40, 31, 32, 33, 2, 17, 46]
+    decoder = open_native(files_of(model_of(config)), slots, dtype, threads=1)
+    for slot, length in enumerate(lengths):
+        decoder.prefill(slot, tokens_of(config, length))
+    decoder.step(range(slots), [1] * slots)
+    s, width = decoder._shape[0], config.head_width
+    words = decoder._plan[s["at_ahead"] : s["at_ahead"] + s["ahead"]]
+    listed = words[ahead.FIRST : ahead.FIRST + words[ahead.COUNT]].tolist()
+    assert (words[ahead.FIRST + len(listed) :] == s["x"]).all()
+    lines = {line for start in listed for line in range(start // 64, (start + PIECE - 1) // 64 + 1)}
+    seen, pieces = set(), 0
+    for slot, length in enumerate(lengths):
+        for group in range(config.n_kv_heads):
+            at = slot * s["step_slot"] + group * s["step_head_cache"]
+            runs = [(decoder._keys, at, -(-(length + 1) // 32) * 32 * width)]
+            runs += [(decoder._values, at + p * s["capacity"] * 32, (length + 1) * 32) for p in range(s["head_panels"])]
+            for array, first, count in runs:
+                begin, size = array.ctypes.data + int(first) * array.itemsize, int(count) * array.itemsize
+                seen |= set(range(begin // 64, (begin + size - 1) // 64 + 1))
+                pieces += -(-size // PIECE)
+    assert seen <= lines
+    assert len(listed) == pieces
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])

@@ -11,16 +11,12 @@ from __future__ import annotations
 from numba import njit
 
 from ...compiled.memory import floats, integers, shorts
+from .ahead import pieces
 from .elementwise import norm, rotate, softmax, to_float16
 from .layout import CHUNK, FLOAT16, PANEL, Q8
 from .product import call
 from .rows import to_int16
-
-
-@njit(error_model="numpy", inline="always")
-def share(me, threads, count):  # type: ignore[no-untyped-def]
-    """What falls to thread `me` of 0 to count - 1."""
-    return count * me // threads, count * (me + 1) // threads
+from .shares import share, share_of_attention
 
 
 @njit(error_model="numpy")
@@ -35,16 +31,35 @@ def taken(s, own, x, x_at, x_step, rows, k):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy", inline="always")
-def multiply(s, x, x_at, x_step, rows, w_at, w_step, panels, k, out, out_at, out_step):  # type: ignore[no-untyped-def]
+def multiply(me, s, x, x_at, x_step, rows, w_at, w_step, panels, k, out, out_at, out_step):  # type: ignore[no-untyped-def]
     """A product of rows that `taken` gave with the model's weights, in the type they have."""
-    w, scales = s.weights, s.scales
-    call(s.product, x, x_at, x_step, rows, w, w_at, w_step, panels, s.abreast, s.kind, scales, k, out, out_at, out_step)
+    w, abreast, kind, scales, ahead = s.weights, s.abreast, s.kind, s.scales, pieces(me, s)
+    call(
+        s.product,
+        x,
+        x_at,
+        x_step,
+        rows,
+        w,
+        w_at,
+        w_step,
+        panels,
+        abreast,
+        kind,
+        scales,
+        k,
+        ahead,
+        out,
+        out_at,
+        out_step,
+    )
 
 
 @njit(error_model="numpy", inline="always")
-def multiply_others(s, x, x_at, x_step, rows, kind, w, w_at, w_step, panels, k, out, out_at, out_step):  # type: ignore[no-untyped-def]
+def multiply_others(me, s, x, x_at, x_step, rows, kind, w, w_at, w_step, panels, k, out, out_at, out_step):  # type: ignore[no-untyped-def]
     """A product with other panels, float32 or float16."""
-    call(s.product, x, x_at, x_step, rows, w, w_at, w_step, panels, CHUNK, kind, 0, k, out, out_at, out_step)
+    ahead = pieces(me, s)
+    call(s.product, x, x_at, x_step, rows, w, w_at, w_step, panels, CHUNK, kind, 0, k, ahead, out, out_at, out_step)
 
 
 @njit(error_model="numpy")
@@ -68,7 +83,7 @@ def project(me, s, job, layer):  # type: ignore[no-untyped-def]
         count = min(max(CHUNK // s.head_panels, 1), last - head)
         step = count * s.head_width
         first = at + head * s.head_width * D
-        multiply(s, x, at_x, step_x, job.rows, first, D * PANEL, count * s.head_panels, D, own, s.at_tile, step)
+        multiply(me, s, x, at_x, step_x, job.rows, first, D * PANEL, count * s.head_panels, D, own, s.at_tile, step)
         for row in range(job.rows):
             for i in range(count):
                 finish_head(s, own, s.at_tile + row * step + i * s.head_width, row, layer, at_floats, head + i)
@@ -125,19 +140,16 @@ def attend(me, s, job, layer):  # type: ignore[no-untyped-def]
     Neighbours in a prompt share the keys of a head, a single token's heads those of their group: either way several
     queries meet the same keys in one product. Which way never changes a bit, only who has how much to do.
     """
-    H, G = s.heads, s.groups
-    by_group = job.together == 1 and (job.rows * G % job.threads == 0 or job.rows * G >= 4 * job.threads)
-    heads = H // G if by_group else 1
+    heads, first, last = share_of_attention(me, s, job)
     blocks = (job.rows + job.together - 1) // job.together
-    first, last = share(me, job.threads, H // heads * blocks)
     for item in range(first, last):
         row = item % blocks * job.together
         count = min(job.together, job.rows - row)
-        attend_to(s, job, s.own + me * s.step_own, row, count, item // blocks * heads, heads, layer)
+        attend_to(me, s, job, s.own + me * s.step_own, row, count, item // blocks * heads, heads, layer)
 
 
 @njit(error_model="numpy", inline="always")
-def attend_to(s, job, own, row, count, head, heads, layer):  # type: ignore[no-untyped-def]
+def attend_to(me, s, job, own, row, count, head, heads, layer):  # type: ignore[no-untyped-def]
     """`count` neighbouring rows of a slot by one head, or one row by several heads of one group."""
     H, width, capacity = s.heads, s.width, s.capacity
     places = integers(s.places, row, count)
@@ -149,7 +161,9 @@ def attend_to(s, job, own, row, count, head, heads, layer):  # type: ignore[no-u
     at_q = (row * H + head) * s.head_width
     panels = (visible + PANEL - 1) // PANEL
     scores, step = s.at_scores, width * PANEL
-    multiply_others(s, s.q, at_q, step_q, queries, s.cached, s.keys, cache, step, panels, width, own, scores, capacity)
+    multiply_others(
+        me, s, s.q, at_q, step_q, queries, s.cached, s.keys, cache, step, panels, width, own, scores, capacity
+    )
     for query in range(queries):
         sees = visible if heads > 1 else places[query] + 1
         weights = floats(own, scores + query * capacity, sees)
@@ -164,7 +178,7 @@ def attend_to(s, job, own, row, count, head, heads, layer):  # type: ignore[no-u
                 kept[i] = weights[i]
     step, to, step_to = capacity * PANEL, s.at_tile, s.head_width
     multiply_others(
-        s, own, scores, capacity, queries, s.cached, s.values, cache, step, s.head_panels, visible, own, to, step_to
+        me, s, own, scores, capacity, queries, s.cached, s.values, cache, step, s.head_panels, visible, own, to, step_to
     )
     for query in range(queries):
         place = row * H + head + (query if heads > 1 else query * H)
@@ -183,7 +197,7 @@ def add_attention(me, s, job, layer):  # type: ignore[no-untyped-def]
     while panel < last:
         count = min(CHUNK, last - panel)
         at = s.at_layers + layer * s.step_layer + s.at_out + panel * inner * PANEL
-        multiply(s, y, at_y, step_y, job.rows, at, inner * PANEL, count, inner, own, tile, count * PANEL)
+        multiply(me, s, y, at_y, step_y, job.rows, at, inner * PANEL, count, inner, own, tile, count * PANEL)
         columns = min(count * PANEL, D - panel * PANEL)
         for row in range(job.rows):
             x = floats(s.x, row * D + panel * PANEL, columns)

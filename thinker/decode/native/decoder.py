@@ -22,13 +22,12 @@ from numpy.typing import ArrayLike
 from ...sampling import Draws, check_drawn
 from ..decoder import Decoder, Weights, check_count, check_embeddings, check_room, check_slots, check_tokens
 from .kernels import product
-from .layout import CHUNK, FLOAT16, JOB, QUERIES, ROWS, aligned, lay_out, sparse
+from .layout import CHUNK, FLOAT16, JOB, MANY_ROWS, QUERIES, ROWS, aligned, lay_out, sparse
 from .pace import Pace, fastest
 from .packing import Packed
 from .team import Team
 
 BURST = 32  # tokens of one compiled call
-MANY_ROWS = 8
 
 
 @dataclass(frozen=True)

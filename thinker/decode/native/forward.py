@@ -13,21 +13,25 @@ import numpy as np
 from numba import njit
 
 from ...compiled.memory import bytes_, floats, integers, shorts
+from .ahead import plan_ahead, turn_to
 from .atomics import barrier
-from .attention import add_attention, attend, multiply, norm_rows, project, share, taken
+from .attention import add_attention, attend, multiply, norm_rows, project, taken
 from .layout import BLOCK, FLOAT32, GROUP, PANEL
 from .mlp import contract, expand
 from .rows import sum_of_squares
+from .shares import share
 
 
 @njit(error_model="numpy", inline="always")
 def forward(me, s, job):  # type: ignore[no-untyped-def]
     """The rows' vectors x through all layers, and logits."""
+    plan_ahead(me, s, job)
     for layer in range(s.layers):
         keep_norms(me, s, job, layer)
         project(me, s, job, layer)
         barrier(me, job.threads, s.sync)
         attend(me, s, job, layer)
+        turn_to(me, s, (layer + 1) % s.layers, layer)
         barrier(me, job.threads, s.sync)
         add_attention(me, s, job, layer)
         barrier(me, job.threads, s.sync)
@@ -72,7 +76,7 @@ def head(me, s, job):  # type: ignore[no-untyped-def]
     x, at_x, step_x = taken(s, own, own, row * D, D, job.rows - row, D)
     first, last = share(me, job.threads, s.vocab_panels)
     at, to = s.at_head + first * D * PANEL, row * s.vocab_width + first * PANEL
-    multiply(s, x, at_x, step_x, job.rows - row, at, D * PANEL, last - first, D, s.logits, to, s.vocab_width)
+    multiply(me, s, x, at_x, step_x, job.rows - row, at, D * PANEL, last - first, D, s.logits, to, s.vocab_width)
 
 
 @njit(error_model="numpy")

@@ -12,4 +12,4 @@ from ...sampling import KERNELS
 
 SOURCES = [KERNELS, *Path(__file__).parent.glob("*.py")]
 member = Kernel("thinker.decode.native.member", "member", 4, SOURCES)
-product = Kernel("thinker.decode.native.product", "product", 15, SOURCES)
+product = Kernel("thinker.decode.native.product", "product", 16, SOURCES)

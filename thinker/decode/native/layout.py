@@ -26,19 +26,22 @@ CHUNK = 4  # panels that one product makes before its results are used
 GROUP = 4 if DOTS else 2  # inputs of an output that lie together in INT8, as the processor multiplies and adds them
 QUERIES = 8  # rows of a prompt that attend together
 LINE = 16  # elements of a cache line of float32
+PIECE = 4 * LINE * BLOCK  # bytes that a product has fetched meanwhile, a line for each input of a block
+PIECES = 4096  # of them that a thread lists for one layer
+MANY_ROWS = 8  # from here on products are long enough for meetings, and for memory to bring something meanwhile
 SHORT = 1 << 18  # bytes of one head's keys that are allotted at once, however few come
 STRIDE = 16  # words from one thread's to the next: two cache lines, as processors fetch them in pairs
 FLOAT32, Q8, FLOAT16 = range(3)  # what the panels of a product are made of
 ACTIVATIONS = ("silu", "gelu", "relu", "relu2")
 
 _COUNTS = """layers d_model d_ff heads groups width vocab experts chosen gated mixture qk_norm kind cached activation
-    ctx_len capacity abreast head_panels ff_panels model_panels vocab_panels head_width ff_width vocab_width"""
+    ctx_len capacity abreast ahead head_panels ff_panels model_panels vocab_panels head_width ff_width vocab_width"""
 _ADDRESSES = "product weights scales floats keys values x q y hidden logits own plan slots places tokens sync"
 _PLACES = """at_layers step_layer at_out at_up step_up at_down step_down at_embedding at_head
     at_cos at_sin at_norm at_layer_floats step_layer_floats at_norm2 at_q_norm at_k_norm at_router
     step_slot step_layer_cache step_head_cache
     step_own at_rounded step_rounded at_gathered at_shares at_tile at_scores at_draw
-    step_plan at_source at_pair at_first"""
+    step_plan at_source at_pair at_first at_ahead"""
 SHAPE = np.dtype(
     [(name, np.int64) for name in (_COUNTS + " " + _ADDRESSES + " " + _PLACES).split()]
     + [("eps", np.float32), ("scale", np.float32)]
@@ -186,5 +189,8 @@ def lay_out(config: ThinkerConfig, quantised: bool, threads: int) -> tuple[np.nd
     s["step_own"], s["own"] = own.size, work.take(threads * own.size)
     plan = Places()
     s["at_source"], s["at_pair"], s["at_first"] = plan.take(ROWS * K), plan.take(ROWS * K), plan.take(E + 1)
+    # Of what to fetch ahead: two counts, the list, and behind it as many places as one product could take.
+    s["ahead"] = 2 + PIECES + panels(max(D, F, H * width, int(s["capacity"])))
+    s["at_ahead"] = plan.take(int(s["ahead"]))
     s["step_plan"] = plan.size
     return record, Sizes(weights.size, floats.size, int(s["step_slot"]), work.size, threads * plan.size)

@@ -12,9 +12,9 @@ from numba import from_dtype, njit
 from ...compiled.memory import doubles, floats, integers, marks, unsigned, view_of, words
 from ...sampling_kernels import draw_one
 from .atomics import PATIENCE, barrier, enter_python, exchange, give_way, leave_python, load, pause, store
-from .attention import share
 from .forward import embed, forward
 from .layout import JOB, SHAPE, STRIDE
+from .shares import share
 
 STATE = 1  # which of a thread's words says how it is
 ASLEEP, READY, BUSY = range(3)

@@ -12,9 +12,10 @@ import numpy as np
 from numba import njit
 
 from ...compiled.memory import floats, integers
-from .attention import multiply, multiply_others, norm_rows, share, taken
+from .attention import multiply, multiply_others, norm_rows, taken
 from .elementwise import activate, softmax
 from .layout import CHUNK, FLOAT32, PANEL
+from .shares import share
 
 
 @njit(error_model="numpy")
@@ -36,7 +37,7 @@ def expand(me, s, job, layer):  # type: ignore[no-untyped-def]
             width = min(CHUNK // each, last - panel)
             step = width * each * PANEL
             at = s.at_layers + layer * s.step_layer + s.at_up + expert * s.step_up + panel * each * D * PANEL
-            multiply(s, x, at_x + start * step_x, step_x, count, at, D * PANEL, width * each, D, own, tile, step)
+            multiply(me, s, x, at_x + start * step_x, step_x, count, at, D * PANEL, width * each, D, own, tile, step)
             for row in range(count):
                 for i in range(width):
                     hidden = floats(s.hidden, (start + row) * s.ff_width + (panel + i) * PANEL, PANEL)
@@ -71,7 +72,7 @@ def contract(me, s, job, layer):  # type: ignore[no-untyped-def]
             start, count = pairs_of(me, s, job, expert)
             at = s.at_layers + layer * s.step_layer + s.at_down + expert * s.step_down + panel * F * PANEL
             multiply(
-                s, hidden, at_hidden + start * step_hidden, step_hidden, count, at, F * PANEL, width, F, own,
+                me, s, hidden, at_hidden + start * step_hidden, step_hidden, count, at, F * PANEL, width, F, own,
                 tile + start * step, step,
             )  # fmt: skip
         columns = min(step, D - panel * PANEL)
@@ -109,7 +110,7 @@ def route(me, s, job, layer):  # type: ignore[no-untyped-def]
     own, plan = s.own + me * s.step_own, s.plan + me * s.step_plan
     panels = (E + PANEL - 1) // PANEL
     at = s.at_layer_floats + layer * s.step_layer_floats + s.at_router
-    multiply_others(s, own, 0, D, n, FLOAT32, s.floats, at, D * PANEL, panels, D, own, s.at_tile, panels * PANEL)
+    multiply_others(me, s, own, 0, D, n, FLOAT32, s.floats, at, D * PANEL, panels, D, own, s.at_tile, panels * PANEL)
     first, pair, source = (
         integers(plan, s.at_first, E + 1),
         integers(plan, s.at_pair, n * K),

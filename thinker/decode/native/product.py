@@ -11,6 +11,8 @@ ordinary Numba, in the other kernels.
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import islice
 from typing import Any
 
 from llvmlite import ir
@@ -19,7 +21,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ...compiled.memory import pointer
-from .layout import BLOCK, FLOAT16, PANEL, Q8
+from .ahead import take
+from .layout import BLOCK, FLOAT16, PANEL, PIECE, Q8
 from .processor import DOTS, PAIRS, WIDE
 from .vectors import (
     BYTE,
@@ -45,9 +48,12 @@ STREAM = 8192  # bytes that a stream of weights is asked for ahead
 TALL, BESIDE, LOW, ABREAST = (8, PANEL, 4, 4) if WIDE else (6, PANEL // 2, 2, 2)
 
 
-def _fetch(builder: ir.IRBuilder, pointer: ir.Value, ahead: int) -> None:
-    """Ask for the cache line so many bytes further, which may lie beyond the array: nothing is read."""
-    switches = [WORD(value) for value in (0, 3, 1)]  # to be read, soon again, data
+def _fetch(builder: ir.IRBuilder, pointer: ir.Value, ahead: int, near: int = 3) -> None:
+    """Ask for the cache line so many bytes further, which may lie beyond the array: nothing is read.
+
+    near: into all caches with 3, all but the first with 2.
+    """
+    switches = [WORD(value) for value in (0, near, 1)]  # to be read, where to, data
     kinds = [BYTE.as_pointer(), *(switch.type for switch in switches)]
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), kinds), "llvm.prefetch.p0")
     builder.call(function, [builder.gep(pointer, [INT(ahead)]), *switches])
@@ -90,16 +96,18 @@ def _tile(rows: int, outputs: int, dots: bool = DOTS) -> Any:
     what one long sum does (through SmolLM2's 30 layers: logits as near to float64 as torch's). As `kind` says, w is
     float32, or float16 (keys and values), or Q8_0: then x has been rounded too (`rows.to_int16`), and a block's
     sum is one of integers, exact, and scaled as a whole. Meanwhile the next weights are fetched: for many rows, which
-    use a panel over and over, all of the next panel. `dots` says how bytes are multiplied, and so how they lie.
+    use a panel over and over, all of the next panel; and for each block of inputs the next PIECE bytes of those at
+    `ahead`, which is a list of addresses. `dots` says how bytes are multiplied, and so how they lie.
     """
+    busy = rows == TALL  # long enough with one load that others' come meanwhile
     group, add = (4, _add_fours) if dots else (2, _add_pairs)
     places = [divmod(lane, PANEL) for lane in range(0, outputs, LANES)]  # panel and lane of each vector
     vectors = len(places)
 
     @intrinsic
-    def tile(typing, x, x_at, x_step, w, w_at, w_step, first, kind, scales, k, out, out_at, out_step):  # type: ignore[no-untyped-def]
+    def tile(typing, x, x_at, x_step, w, w_at, w_step, first, kind, scales, k, ahead, out, out_at, out_step):  # type: ignore[no-untyped-def]
         def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-            x, x_at, x_step, w, w_at, w_step, first, kind, scales, k, out, out_at, out_step = arguments
+            x, x_at, x_step, w, w_at, w_step, first, kind, scales, k, ahead, out, out_at, out_step = arguments
             zeros = [same(FLOATS, 0.0)] * (rows * vectors)
 
             def x_rows(element):  # type: ignore[no-untyped-def]
@@ -116,10 +124,18 @@ def _tile(rows: int, outputs: int, dots: bool = DOTS) -> Any:
                 for line in range(0, count * PANEL * (1 if column.type.pointee == BYTE else 4), CACHE_LINE):
                     _fetch(builder, builder.bitcast(place, BYTE.as_pointer()), line)
 
+            def piece_for(j):  # type: ignore[no-untyped-def]
+                """What to have fetched during the block of inputs that begins with j."""
+                address = builder.load(pointer(builder, ahead, INT, builder.sdiv(j, INT(BLOCK))))
+                return builder.inttoptr(address, BYTE.as_pointer())
+
             def in_floats(element):  # type: ignore[no-untyped-def]
                 starts, inputs = columns(w, element, w_at, w_step), x_rows(FLOAT)
 
-                def one(j, sums):  # type: ignore[no-untyped-def]
+                def one(j, sums, begin, piece):  # type: ignore[no-untyped-def]
+                    if busy:
+                        line = builder.mul(builder.sub(j, begin), INT(PIECE // BLOCK))
+                        _fetch(builder, builder.gep(piece, [line]), 0, near=2)
                     if rows > 1 and element == FLOAT:
                         ask(starts[0], j, w_step, 1)
                     weights = [load(builder, builder.gep(start, [builder.mul(j, INT(PANEL))])) for start in starts]
@@ -131,7 +147,8 @@ def _tile(rows: int, outputs: int, dots: bool = DOTS) -> Any:
                 def block(j, sums):  # type: ignore[no-untyped-def]
                     end = builder.add(j, INT(BLOCK))
                     end = builder.select(builder.icmp_signed("<", end, k), end, k)
-                    parts = loop(builder, j, end, 1, zeros, one)
+                    one_more = partial(one, begin=j, piece=piece_for(j) if busy else None)
+                    parts = loop(builder, j, end, 1, zeros, one_more)
                     return [builder.fadd(total, part) for total, part in zip(sums, parts, strict=True)]
 
                 return loop(builder, INT(0), k, BLOCK, zeros, block)
@@ -154,6 +171,7 @@ def _tile(rows: int, outputs: int, dots: bool = DOTS) -> Any:
                     if rows > 1 or outputs == PANEL:
                         ask(lanes[0], j, w_step if rows > 1 else INT(STREAM), BLOCK)
                     place = builder.sdiv(j, INT(BLOCK))
+                    piece, lines = piece_for(j) if busy else None, iter(range(0, PIECE, CACHE_LINE))
                     begin = [beside(row, WORD, builder.add(blocks, place)) for row in inputs]
                     parts = [same(WORDS, 0) if dots else begin[i // vectors] for i in range(len(sums))]
                     for byte in range(2 if dots else 1):
@@ -166,6 +184,8 @@ def _tile(rows: int, outputs: int, dots: bool = DOTS) -> Any:
                             begun = builder.add(builder.mul(j, INT(2)), INT(byte * BLOCK + at if dots else 2 * at))
                             words = [builder.bitcast(builder.gep(row, [begun]), WORD.as_pointer()) for row in inputs]
                             values = [spread(builder, builder.load(word)) for word in words]
+                            for line in islice(lines, 2 if busy else 0):
+                                _fetch(builder, piece, line, near=2)
                             parts = [
                                 add(builder, part, weights[i % vectors], values[i // vectors])
                                 for i, part in enumerate(parts)
@@ -194,7 +214,7 @@ def _tile(rows: int, outputs: int, dots: bool = DOTS) -> Any:
                         keep(in_floats(FLOAT))
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 13), generate
+        return types.void(*[types.int64] * 14), generate
 
     return tile
 
@@ -203,13 +223,15 @@ tall, low = _tile(TALL, BESIDE), _tile(LOW, PANEL)
 four_panels, two_panels, one_panel = _tile(1, 4 * PANEL), _tile(1, 2 * PANEL), _tile(1, PANEL)
 
 
-def product(x, x_at, x_step, rows, w, w_at, w_step, panels, abreast, kind, scales, k, out, out_at, out_step):  # type: ignore[no-untyped-def]
+def product(x, x_at, x_step, rows, w, w_at, w_step, panels, abreast, kind, scales, k, ahead, out, out_at, out_step):  # type: ignore[no-untyped-def]
     """out[r, 32 p + lane] = sum over j of x[r, j] * w[p, j, lane]; addresses, places from there, and strides.
 
     `TALL` rows by one panel fill the registers. A single row takes several panels `abreast`, so that enough sums are
     on their way to hide how long one addition takes; but weights from beyond the caches come faster as a single stream.
-    A kernel of its own, whose address the others get (`SHAPE`): compiled once, and not into each of its callers.
+    `ahead` is the thread's list of what to fetch meanwhile. A kernel of its own, whose address the others get
+    (`SHAPE`): compiled once, and not into each of its callers.
     """
+    blocks = (k + BLOCK - 1) // BLOCK
     panel = 0
     while panel < panels:
         left = panels - panel
@@ -222,20 +244,21 @@ def product(x, x_at, x_step, rows, w, w_at, w_step, panels, abreast, kind, scale
                     row = 0
                     while row + TALL <= rows:
                         from_x, into = x_at + row * x_step, to + row * out_step + part
-                        tall(x, from_x, x_step, w, from_w, w_step, part, kind, scales, k, out, into, out_step)
+                        pieces = take(ahead, blocks)
+                        tall(x, from_x, x_step, w, from_w, w_step, part, kind, scales, k, pieces, out, into, out_step)
                         row += TALL
                 while row + LOW <= rows:
                     from_x, into = x_at + row * x_step, to + row * out_step
-                    low(x, from_x, x_step, w, from_w, w_step, 0, kind, scales, k, out, into, out_step)
+                    low(x, from_x, x_step, w, from_w, w_step, 0, kind, scales, k, ahead, out, into, out_step)
                     row += LOW
         for r in range(row, rows):
             from_x, from_w, to = x_at + r * x_step, w_at + panel * w_step, out_at + r * out_step + panel * PANEL
             if together == 4:
-                four_panels(x, from_x, x_step, w, from_w, w_step, 0, kind, scales, k, out, to, out_step)
+                four_panels(x, from_x, x_step, w, from_w, w_step, 0, kind, scales, k, ahead, out, to, out_step)
             elif together == 2:
-                two_panels(x, from_x, x_step, w, from_w, w_step, 0, kind, scales, k, out, to, out_step)
+                two_panels(x, from_x, x_step, w, from_w, w_step, 0, kind, scales, k, ahead, out, to, out_step)
             else:
-                one_panel(x, from_x, x_step, w, from_w, w_step, 0, kind, scales, k, out, to, out_step)
+                one_panel(x, from_x, x_step, w, from_w, w_step, 0, kind, scales, k, ahead, out, to, out_step)
         panel += together
     return 0
 
@@ -256,6 +279,7 @@ def call(  # type: ignore[no-untyped-def]
     kind,
     scales,
     k,
+    ahead,
     out,
     out_at,
     out_step,
@@ -264,8 +288,8 @@ def call(  # type: ignore[no-untyped-def]
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         places = [cgutils.alloca_once(builder, INT), cgutils.alloca_once(builder, BYTE.as_pointer())]
-        function = ir.FunctionType(WORD, [*(place.type for place in places), *[INT] * 15])
+        function = ir.FunctionType(WORD, [*(place.type for place in places), *[INT] * 16])
         builder.call(builder.inttoptr(arguments[0], function.as_pointer()), [*places, *arguments[1:]])
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 16), generate
+    return types.void(*[types.int64] * 17), generate
