@@ -72,7 +72,7 @@ def test_the_best_state_is_published_and_never_pruned(text, tmp_path, monkeypatc
     assert open_model(run.folder).step == 3
     assert not repair(run.folder), "the view of the best state needs no repair"
     said = []
-    run.take_best(said.append)
+    run.take_published(said.append)
     assert_same(weights(run), at_best)
     assert "step 3" in said[0]
     assert "of 12 steps" in said[0]
@@ -129,6 +129,37 @@ def test_the_best_survives_an_interruption(text, tmp_path):
     assert_same(weights(whole), weights(rest))
     state = json.loads((training.latest(tmp_path / "parts") / "state.json").read_text())
     assert state["best"] == {"step": whole.best.step, "loss": whole.best.loss, "looks_since": whole.best.looks_since}
+
+
+def test_what_is_looked_at_and_published_is_a_mean_of_late_weights(text, tmp_path):
+    """Bug: others open the last weights, steps go on from the mean, or a look leaves it in the model's place."""
+    run = begun(text, tmp_path / "run", early_stop=9, average=0.25, lr=3e-2)
+    name = "blocks.0.mlp.down_proj.weight"
+    mean, looked, last = torch.zeros(()), [], {}
+
+    def step(run, report):
+        nonlocal mean
+        last.update(weights(run))
+        share = 1 / min(run.step, LOOKS / 4)  # over all steps at first, then mostly over the last quarter
+        mean = mean + share * (last[name].double() - mean)
+
+    def validate(run):
+        looked.append((held_out.held_out_loss(run), float((weights(run)[name] - mean).abs().max())))
+
+    watcher = Silent()
+    watcher.after_step, watcher.validate = step, validate
+    fitted(run, watcher)
+    assert len(looked) == LOOKS
+    assert max(difference for _, difference in looked) < 1e-6
+    assert_same(weights(run), last)  # the steps' own weights are back
+    losses = [loss for loss, _ in looked]
+    assert (run.best.step, run.best.loss) == (1 + int(np.argmin(losses)), min(losses))
+    published = torch.from_numpy(np.array(open_model(run.folder).tensors[name]))
+    assert (published - last[name]).abs().max() > 1e-4, "steps are large enough to tell them apart"
+    run.take_published(quiet)
+    assert torch.equal(weights(run)[name], published)
+    run.looked = None
+    assert held_out.held_out_loss(run) == min(losses)
 
 
 def test_a_look_is_measured_once_a_step(text, tmp_path):

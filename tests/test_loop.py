@@ -132,6 +132,7 @@ def test_a_run_inherits_by_its_tokenizers_merges(text, tmp_path):
         ({}, {"ramp": 5, "accumulate": 2, "schedule": "wsd"}),
         ({}, {"early_stop": 2, "steps": 8, "keep": 1}),
         ({}, {"inherit": 0.5, "weight_decay": 0.5}),
+        ({}, {"average": 0.4, "early_stop": 2, "steps": 8}),
     ],
 )
 def test_save_and_resume_equals_going_on(text, tmp_path, architecture, options, monkeypatch):
@@ -151,6 +152,8 @@ def test_save_and_resume_equals_going_on(text, tmp_path, architecture, options, 
         fit(goes_on, rest)
     assert_same(weights(whole), weights(goes_on))
     assert rest.losses == watched.losses[3:]
+    published, again = (open_model(run.folder).tensors for run in (whole, goes_on))
+    assert all(np.array_equal(published[name], again[name]) for name in published)
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ def test_what_a_person_set_stays():
     settings = TrainConfig(lr=3e-3, schedule="cosine", warmup=0.0, early_stop=0, beta2=0.9, batch_size=8)
     assert choose_first(TINY, settings, {"use_qk_norm"}) == []
     left = chosen(settings=settings, given={"dropout"}, epochs=9.0)
-    assert left == {"muon_lr": 1e-2, "weight_decay": 0.6, "inherit": 0.5}
+    assert left == {"muon_lr": 1e-2, "weight_decay": 0.6, "inherit": 0.5, "average": 0.13}
     assert "weight_decay" not in chosen(settings=TrainConfig(weight_decay=0.0), epochs=9.0)
     assert "beta2_tokens" not in chosen(settings=TrainConfig(beta2_tokens=9.0))
 
@@ -70,6 +70,16 @@ def test_dropout_and_protection_follow_the_epochs(epochs, dropout, early_stop):
     """Bug: dropout costs a run whose text is all new, or text that is seen thirty times is learned by heart."""
     values = chosen(epochs=epochs)
     assert (values["dropout"], values["early_stop"]) == (dropout, early_stop)
+
+
+def test_weights_are_averaged_where_a_new_models_text_repeats():
+    """Bug: a run on new text lags behind itself, or one that goes on from a model forgets what was asked of it."""
+    assert chosen(epochs=6.0)["average"] == 0.13
+    assert "average" not in chosen(epochs=3.0)
+    for other in ({"init": "somewhere"}, {"chat": True}, {"average": 0.0}):
+        assert "average" not in chosen(settings=TrainConfig(**other), epochs=6.0)
+    with pytest.raises(ValueError, match=r"average 0\.1 is for texts alone: drop average, or chat"):
+        TrainConfig(chat=True, average=0.1)
 
 
 def test_decay_adds_up_to_the_same_where_text_repeats():
@@ -181,7 +191,7 @@ def test_a_model_of_the_best_recipe_has_the_same_loss_in_transformers(text, tmp_
     with repeatable(None):
         run = begin(architecture, settings, set(), quiet)
         fit(run, Silent())
-        run.take_best(quiet)
+        run.take_published(quiet)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(run.folder, dtype=torch.float32)
     assert type(theirs).__name__ == "Qwen3ForCausalLM"
     rows = run.corpus.windows(32)[range(8)]

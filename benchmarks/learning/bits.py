@@ -25,7 +25,7 @@ from thinker.config import ThinkerConfig
 from thinker.data.shards import Corpus, prepare
 from thinker.train.config import TrainConfig
 from thinker.train.held_out import LOOKS
-from thinker.train.recipes import FROM_NOTHING, INHERIT, decay_for, dropout_for, lr_for
+from thinker.train.recipes import FROM_NOTHING, INHERIT, average_for, decay_for, dropout_for, lr_for
 from thinker.train.run import Run
 
 from ..precision import fast
@@ -80,7 +80,8 @@ def contestant(corpus: Corpus, seed: int, chosen: dict[str, Any], tokens: float 
     chosen = {"lr": lr_for(epochs)} | chosen
     if "weight_decay" not in chosen:
         steps = tokens / (chosen["batch_size"] * TINY.ctx_len)
-        chosen = chosen | {"weight_decay": decay_for(epochs, chosen["muon_lr"], steps)}
+        decay = decay_for(epochs, chosen["muon_lr"], steps)
+        chosen = {"average": average_for(epochs), "weight_decay": decay} | chosen
     of_network = {name: value for name, value in chosen.items() if name in ThinkerConfig.model_fields}
     of_run = {name: value for name, value in chosen.items() if name not in of_network}
     settings = TrainConfig.model_validate({"batch_size": 8, "seed": seed} | of_run)

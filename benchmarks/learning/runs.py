@@ -109,15 +109,14 @@ def train(run: Run, name: str, looks: int = 1, sparse: int = SPARSE, keep_best: 
         start = time.perf_counter()
         share = rate(progress, schedule=settings.schedule, warmup=settings.warmup, cooldown=settings.cooldown)
         take_step(run, module, share)
-        run.tokens += run.batches.tokens_in(run.step)
-        run.step += 1
-        run.seconds += time.perf_counter() - start
+        run.count(run.batches.tokens_in(run.step), time.perf_counter() - start)
         if int(min(run.progress(), 1) * looks) > int(progress * looks):
             ended = run.progress() >= 1
-            loss = held_out(run, 1 if ended and not keep_best else sparse)
-            if loss < best or not keep_best:
-                best, state_of = loss, run.step
-                state = copy.deepcopy(run.model.state_dict()) if keep_best else {}
+            with run.shown():
+                loss = held_out(run, 1 if ended and not keep_best else sparse)
+                if loss < best or not keep_best:
+                    best, state_of = loss, run.step
+                    state = copy.deepcopy(run.model.state_dict()) if keep_best else {}
             if ended and keep_best:
                 run.model.load_state_dict(state)
                 loss = held_out(run)

@@ -84,7 +84,7 @@ def publish_state(folder: Path, state: TrainingState) -> None:
         from ..modality.settings import SensesConfig
 
         modality = Modality(SensesConfig.from_mapping(state.state["senses"], str(state.path)), state.modality)
-    write_view(folder, state.step, state.config, state.parameters, publication, state.tokenizer_json, modality)
+    write_view(folder, state.step, state.config, state.shown, publication, state.tokenizer_json, modality)
 
 
 def write_view(

@@ -31,6 +31,7 @@ PARAMETERS, OPTIMIZER, MODALITY, STATE, TOKENIZER = (
     "state.json",
     "tokenizer.json",
 )
+MEAN = "mean"  # of a parameter's late values: kept under NAME/mean among the optimiser's tensors
 _NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 
 
@@ -46,6 +47,11 @@ class TrainingState:
     state: dict[str, Any]
     tokenizer_json: str | None
     modality: Mapping[str, np.ndarray] | None = None  # encoders and projectors, which state["senses"] describes
+
+    @property
+    def shown(self) -> Mapping[str, np.ndarray]:
+        """What others see for the parameters: the means of their late values, where the run keeps any."""
+        return {name: self.optimizer.get(f"{name}/{MEAN}", self.parameters[name]) for name in self.parameters}
 
 
 def save(

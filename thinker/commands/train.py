@@ -85,7 +85,7 @@ def run(options: OwnOptions) -> int:
                 soft_wrap=True,
             )
             return SAVED_AND_ENDED[signal.Signals(ended_by)]
-        training.take_best(say)
+        training.take_published(say)
         give_account = summarise_chats if training.settings.chat else summarise
         report = give_account(training, reporter.rows, console, time.monotonic() - began)
     if options.json_report:

@@ -56,6 +56,12 @@ class TrainConfig(BaseModel):
     cooldown: float = Field(0.2, gt=0, lt=1, description="share of the run in which the rates of wsd fall")
     warmup: float = Field(0.02, ge=0, lt=1, description="share of the run in which the rates rise")
     ramp: int = Field(0, ge=0, description="first steps with fewer rows: a quarter of them, then half")
+    average: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the run that the weights shown and published are a mean over; 0: the last",
+    )
     early_stop: int = Field(
         0, ge=0, description="end after so many of 12 looks without a better held-out loss, publish the best; 0: off"
     )
@@ -81,6 +87,8 @@ class TrainConfig(BaseModel):
             )
         if self.schedule == "wsd" and self.warmup + self.cooldown > 1:
             raise ValueError(f"warmup {self.warmup:g} and cooldown {self.cooldown:g} exceed the run: lower one")
+        if self.average and self.chat:
+            raise ValueError(f"average {self.average:g} is for texts alone: drop average, or chat")
         if (self.senses is not None or self.text) and not self.chat:
             field = "text" if self.text else "senses"
             raise ValueError(f"{field} goes with conversations: add chat, or drop {field}")

@@ -117,21 +117,23 @@ def fit(run: Run, watcher: Watcher) -> int | None:
             loss, balance, norm = take_step(run, step_module, share, watcher.out_of_memory)
             elapsed = time.perf_counter() - start
             rows = _micro_rows(run)  # memory may have run out
-            run.step += 1
-            run.seconds += elapsed
-            run.tokens += tokens
+            run.count(tokens, elapsed)
             report = StepReport(
                 run.step, loss, balance, norm, share * settings.lr, tokens, elapsed, min(1.0, run.progress())
             )
             watcher.after_step(run, report)
             steered = settings.early_stop > 0
-            found_best = steered and look_is_due(progress, run.progress()) and look(run)
+            found_best = False
+            if steered and look_is_due(progress, run.progress()):
+                with run.shown():
+                    found_best = look(run)
             if (found_best or run.seconds - saved >= settings.save_every) and run.progress() < 1:
                 run.save()
                 watcher.saved(run)
                 saved = run.seconds
             if run.looked_at_this_step if steered else run.seconds - validated >= settings.validate_every:
-                watcher.validate(run)
+                with run.shown():
+                    watcher.validate(run)
                 validated = run.seconds
         run.save()
         watcher.saved(run)

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..checkpoint.training import MEAN
 
 Schedule = Literal["linear", "cosine", "wsd", "constant"]
 
@@ -276,6 +279,41 @@ def set_rate(optimizers: Iterable[torch.optim.Optimizer], share: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * share
+
+
+@torch.no_grad()
+def follow(optimizers: Iterable[torch.optim.Optimizer], share: float) -> None:
+    """Move the mean of each parameter's late values by this share to what the parameter is now.
+
+    Means over the end of a run lie where the loss is flat and generalise better ("Averaging Weights Leads to Wider
+    Optima and Better Generalization", arXiv 1803.05407). They are kept beside what an optimiser remembers.
+    """
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            if MEAN in state:
+                state[MEAN].lerp_(parameter, share)
+            else:
+                state[MEAN] = parameter.detach().clone()
+
+
+@contextmanager
+def means_in_place(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[None]:
+    """Inside the block parameters have the values of their means, as far as they have any."""
+    _exchange(optimizers)
+    try:
+        yield
+    finally:
+        _exchange(optimizers)
+
+
+@torch.no_grad()
+def _exchange(optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            if MEAN in state:
+                value = parameter.clone()
+                parameter.copy_(state[MEAN])
+                state[MEAN].copy_(value)
 
 
 def optimizer_tensors(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:

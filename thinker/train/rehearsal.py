@@ -203,9 +203,12 @@ def rehearse(make: Callable[[], Run], steps: int = STEPS, accelerator: bool = Fa
             ledger.grouped.clear()
             for _ in range(steps):
                 take_step(run, run.module, 1.0)
-                run.step += 1
+                ledger.kind = OPTIMISER
+                run.count(0, 0.0)
+                ledger.kind = ACTIVATIONS
             rest = ledger.in_use
-            _look(run)
+            with run.shown():
+                _look(run)
             del run
     return Rehearsal(ledger.largest(), ledger.at_peak(), heap.most, rest, len(ledger.products), len(ledger.grouped))
 

@@ -7,6 +7,7 @@ made from it. How a run begins and goes on is in `start.py`, its steps are in `l
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from ..model import ThinkerLM
 from ..tokenizer import Tokenizer
 from .config import TrainConfig
 from .decide import Decisions
-from .optim import optimizer_tensors
+from .optim import follow, means_in_place, optimizer_tensors
 from .senses import SplicedLoss, Trained
 
 Say = Callable[[str], None]
@@ -82,6 +83,20 @@ class Run:
         """The share of the run that is done, which the schedule follows: steps or, with minutes, time."""
         steps, seconds = self.settings.limit
         return self.step / steps if steps is not None else self.seconds / (seconds or 1)
+
+    def count(self, tokens: int, seconds: float) -> None:
+        """A step is done: the counters go on, and so do the parameters' means, if the settings want any."""
+        before = self.progress()
+        self.step, self.tokens, self.seconds = self.step + 1, self.tokens + tokens, self.seconds + seconds
+        if self.settings.average:
+            after = self.progress()
+            # Over what has been run so far, until that is more than the share wanted.
+            share = (after - before) / min(after, self.settings.average) if after else 1.0
+            follow(self.optimizers, min(share, 1.0))
+
+    def shown(self) -> AbstractContextManager[None]:
+        """Inside the block the model is the one that would be published now."""
+        return means_in_place(self.optimizers)
 
     @property
     def looked_at_this_step(self) -> bool:
@@ -144,15 +159,17 @@ class Run:
         )
         publish(self.folder)
 
-    def take_best(self, say: Say) -> None:
-        """At the end: put the best state's parameters into the model, if they are another step's, and say so."""
+    def take_published(self, say: Say) -> None:
+        """At the end: put the parameters that others see into the model; say so if they are another step's."""
         path = training.to_publish(self.folder)
-        if self.best is None or path is None or self.best.step == self.step:
+        if path is None:
             return
-        best = training.load(path)
-        load_parameters(self.model, best.parameters)
-        if self.senses is not None and best.modality is not None:
-            copy_tensors(self.senses, best.modality, str(path))
+        published = training.load(path)
+        load_parameters(self.model, published.shown)
+        if self.best is None or self.best.step == self.step:
+            return
+        if self.senses is not None and published.modality is not None:
+            copy_tensors(self.senses, published.modality, str(path))
         self.looked = None
         early = "ended early, after" if self.overfits else "of"
         say(
