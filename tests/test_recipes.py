@@ -28,7 +28,7 @@ def test_what_a_person_set_stays():
     settings = TrainConfig(lr=3e-3, schedule="cosine", warmup=0.0, early_stop=0, beta2=0.9, batch_size=8)
     assert choose_first(TINY, settings, {"use_qk_norm"}) == []
     left = chosen(settings=settings, given={"dropout"}, epochs=9.0)
-    assert left == {"muon_lr": 1e-2, "weight_decay": 0.6, "inherit": 0.5, "average": 0.13}
+    assert left == {"muon_lr": 1e-2, "weight_decay": 0.6, "inherit": 0.5, "average": 0.13, "tie_embeddings": True}
     assert "weight_decay" not in chosen(settings=TrainConfig(weight_decay=0.0), epochs=9.0)
     assert "beta2_tokens" not in chosen(settings=TrainConfig(beta2_tokens=9.0))
 
@@ -72,6 +72,19 @@ def test_dropout_and_protection_follow_the_epochs(epochs, dropout, early_stop):
     assert (values["dropout"], values["early_stop"]) == (dropout, early_stop)
 
 
+def test_embedding_and_head_are_one_where_a_new_models_text_repeats():
+    """Bug: a person's two matrices become one, or keep the rate of one."""
+    values = chosen(epochs=6.0)
+    assert (values["tie_embeddings"], values["lr"]) == (True, 8e-3)
+    apart = chosen(epochs=6.0, given={"tie_embeddings"})
+    assert ("tie_embeddings" in apart, apart["lr"]) == (False, 5e-3)
+    together = chosen(TINY.changed(tie_embeddings=True), epochs=6.0, given={"tie_embeddings"})
+    assert ("tie_embeddings" in together, together["lr"]) == (False, 8e-3)
+    assert "tie_embeddings" not in chosen(epochs=3.0)
+    for other in ({"init": "somewhere"}, {"chat": True}, {"tokenizer": "char"}):
+        assert "tie_embeddings" not in chosen(settings=TrainConfig(**other), epochs=6.0)
+
+
 def test_weights_are_averaged_where_a_new_models_text_repeats():
     """Bug: a run on new text lags behind itself, or one that goes on from a model forgets what was asked of it."""
     assert chosen(epochs=6.0)["average"] == 0.13
@@ -98,7 +111,7 @@ def test_decay_adds_up_to_the_same_where_text_repeats():
 
 def test_adamw_goes_slower_where_weights_decay():
     """Bug: an embedding that outgrows what decay keeps of it, or that is held back where all text is new."""
-    assert [chosen(epochs=epochs)["lr"] for epochs in (0.4, 3.9, 4.0, 30.0)] == [1.2e-2, 1.2e-2, 5e-3, 5e-3]
+    assert [chosen(epochs=epochs)["lr"] for epochs in (0.4, 3.9, 4.0, 30.0)] == [1.2e-2, 1.2e-2, 8e-3, 8e-3]
     assert chosen(epochs=0.4, settings=TrainConfig(chat=True))["lr"] == 5e-3, "as conversations were measured"
 
 
@@ -135,7 +148,7 @@ def test_settings_and_architecture_are_told_apart():
     """Bug: dropout, which is of the architecture, is looked for among the run's settings."""
     settings, config = with_choices(TrainConfig(steps=3), TINY, choose(TINY, TrainConfig(), set(), 4096, 9.0, 5.0))
     assert (settings.steps, settings.early_stop, config.dropout) == (3, 2, 0.1)
-    assert config.changed(dropout=TINY.dropout) == TINY
+    assert config.changed(dropout=TINY.dropout, tie_embeddings=False) == TINY
     assert rounded(0.0021213) == 0.0021
 
 
@@ -156,6 +169,9 @@ def test_a_run_takes_its_recipe_says_it_and_repeats_it_on_resuming(text, tmp_pat
         run = begin(architecture, settings, set(), said.append)
     assert run.settings.batch_size == 8
     assert run.config.dropout == 0.1, "the text is seen several times"
+    assert run.config.tie_embeddings
+    assert run.model.head.weight is run.model.tok_emb.weight
+    assert run.model.config == run.config
     assert run.model.blocks[0].dropout.p == run.model.dropout.p == run.model.config.dropout == 0.1
     assert any(line.startswith("dropout 0.1: short of data") for line in said)
     assert set(said[1:]) <= set(run.decisions.reasons), "but for what was found in the text"

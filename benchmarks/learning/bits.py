@@ -25,7 +25,7 @@ from thinker.config import ThinkerConfig
 from thinker.data.shards import Corpus, prepare
 from thinker.train.config import TrainConfig
 from thinker.train.held_out import LOOKS
-from thinker.train.recipes import FROM_NOTHING, INHERIT, average_for, decay_for, dropout_for, lr_for
+from thinker.train.recipes import FROM_NOTHING, INHERIT, average_for, decay_for, dropout_for, lr_for, ties
 from thinker.train.run import Run
 
 from ..precision import fast
@@ -74,11 +74,12 @@ TUNED: dict[str, dict[str, Any]] = {
 
 
 def contestant(corpus: Corpus, seed: int, chosen: dict[str, Any], tokens: float = 0) -> Run:
-    """A run of the tiny configuration at step 0; dropout, and rate and decay if not set, are for so many tokens."""
+    """A run of the tiny configuration at step 0; dropout, and all else that is not set, are for so many tokens."""
     epochs = tokens / len(corpus.train)
     config = TINY.changed(vocab_size=corpus.tokenizer.vocab_size, dropout=dropout_for(epochs))
-    chosen = {"lr": lr_for(epochs)} | chosen
-    if "weight_decay" not in chosen:
+    if "weight_decay" not in chosen:  # the recipe's
+        tied = chosen.get("tie_embeddings", ties(epochs))
+        chosen = {"lr": lr_for(epochs, tied), "tie_embeddings": tied} | chosen
         steps = tokens / (chosen["batch_size"] * TINY.ctx_len)
         decay = decay_for(epochs, chosen["muon_lr"], steps)
         chosen = {"average": average_for(epochs), "weight_decay": decay} | chosen

@@ -23,6 +23,7 @@ FROM_NOTHING = {"lr": 5e-3, "muon_lr": 1e-2, "adamw_lr": 2e-3}
 # AdamW's beside Muon on texts that don't repeat. Where they do, weights decay, and the rate bounds how large the
 # embedding and the head become: there the lower one is ahead.
 LR_ON_NEW_TEXT = 1.2e-2
+LR_TIED = 8e-3  # where they do, if embedding and head are one
 # A tenth of rates that new models had; three tenths learned more of the new text (0.14 nats) and forgot more (0.15).
 FINE_TUNING = {"lr": 3e-4, "muon_lr": 1e-3, "adamw_lr": 2e-4}
 SHORT_OF_DATA = 4.0  # epochs from which on there is dropout, and weights decay: at 3 dropout cost, at 12 both helped
@@ -71,7 +72,9 @@ def choose(
     config: ThinkerConfig, settings: TrainConfig, given: set[str], tokens_per_step: int, steps: float, epochs: float
 ) -> list[Choice]:
     """Everything else, when rows and expected length are known. `given` names what a person set of the architecture."""
-    rates = _rates(config, settings, epochs)
+    tie = settings.init is None and not settings.chat and settings.tokenizer != "char" and ties(epochs)
+    tied = config.tie_embeddings or (tie and "tie_embeddings" not in given)
+    rates = _rates(config, settings, epochs, tied)
     choices = [
         rates,
         Choice({"schedule": "linear"}, "to zero at the end, so that longer runs lose nothing"),
@@ -80,6 +83,8 @@ def choose(
     ]
     if settings.init is None and settings.tokenizer != "char":
         choices.append(Choice({"inherit": INHERIT}, "what a token learns, tokens that contain it learn in part"))
+    if tie:
+        choices.append(Choice({"tie_embeddings": True}, "one row for a token, read or written: less to learn by heart"))
     if settings.beta2 is None:
         half_life = max(BETA2_TOKENS, 13.5 * tokens_per_step)
         beta2 = settings.changed(beta2_tokens=half_life).adam_beta2(tokens_per_step)
@@ -109,7 +114,7 @@ def with_choices(
     return settings.changed(**of_run), config.changed(**{name: values[name] for name in values.keys() - of_run.keys()})
 
 
-def _rates(config: ThinkerConfig, settings: TrainConfig, epochs: float) -> Choice:
+def _rates(config: ThinkerConfig, settings: TrainConfig, epochs: float, tied: bool) -> Choice:
     """Peak learning rates."""
     narrow = (WIDTH_OF_RATES / max(config.d_model, WIDTH_OF_RATES)) ** 0.5
     if settings.init is not None:
@@ -117,15 +122,22 @@ def _rates(config: ThinkerConfig, settings: TrainConfig, epochs: float) -> Choic
     else:
         rates, why = FROM_NOTHING, f"from nothing, at d_model {config.d_model}"
         if not settings.chat:  # for conversations, and what is seen and heard in them, the sweeps haven't asked
-            rates = rates | {"lr": lr_for(epochs)}
+            rates = rates | {"lr": lr_for(epochs, tied)}
     if settings.optimizer == "adamw":
         return Choice({"lr": rounded(narrow * rates["adamw_lr"])}, why)
     return Choice({"lr": rounded(narrow * rates["lr"]), "muon_lr": rates["muon_lr"]}, why)
 
 
-def lr_for(epochs: float) -> float:
+def lr_for(epochs: float, tied: bool = False) -> float:
     """AdamW's peak rate beside Muon on texts, for a new model as wide as `WIDTH_OF_RATES`."""
-    return LR_ON_NEW_TEXT if epochs < SHORT_OF_DATA else FROM_NOTHING["lr"]
+    if epochs < SHORT_OF_DATA:
+        return LR_ON_NEW_TEXT
+    return LR_TIED if tied else FROM_NOTHING["lr"]
+
+
+def ties(epochs: float) -> bool:
+    """Whether a token shall have one row in the embedding and the head: where text repeats."""
+    return epochs >= SHORT_OF_DATA
 
 
 def decay_for(epochs: float, rate: float, steps: float) -> float:

@@ -66,6 +66,9 @@ def begin(config: ThinkerConfig, settings: TrainConfig, given: set[str], say: Sa
     one_row = tuple(torch.from_numpy(part[:1]).to(device) for part in batches.batch(0))
     decisions = decide(settings, loss_of(model, senses, corpus, settings), one_row, device)
     config, settings, decisions = with_recipe(config, settings, decisions, fixed, choices, batches)
+    if config.tie_embeddings != model.config.tie_embeddings:  # chosen with the run's length
+        torch.manual_seed(settings.seed)
+        model = ThinkerLM(config).to(device)
     set_dropout(model, config)
     for reason in decisions.reasons:
         say(reason)
