@@ -18,7 +18,7 @@ from thinker import moe
 from thinker.decode.decoder import Decoder
 from thinker.decode.native import ahead, open_native, processor, product, rows
 from thinker.decode.native.elementwise import to_float16
-from thinker.decode.native.layout import PIECE
+from thinker.decode.native.layout import PIECE, PIECES
 from thinker.decode.native.pace import LEAST, MOST, Pace
 from thinker.decode.torch_decoder import TorchDecoder
 from thinker.formats.q8 import Q8Tensor
@@ -323,7 +323,9 @@ def test_what_is_fetched_ahead_is_what_attention_will_read(config, dtype):
     s, width = decoder._shape[0], config.head_width
     words = decoder._plan[s["at_ahead"] : s["at_ahead"] + s["ahead"]]
     listed = words[ahead.FIRST : ahead.FIRST + words[ahead.COUNT]].tolist()
-    assert (words[ahead.FIRST + len(listed) :] == s["x"]).all()
+    behind = words[ahead.FIRST + len(listed) : s["ahead"] - PIECES + len(listed)]
+    assert len(behind) == max(config.d_model, config.d_ff, config.n_heads * width, s["capacity"]) // 32
+    assert (behind == s["x"]).all()
     lines = {line for start in listed for line in range(start // 64, (start + PIECE - 1) // 64 + 1)}
     seen, pieces = set(), 0
     for slot, length in enumerate(lengths):

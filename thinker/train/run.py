@@ -162,11 +162,12 @@ class Run:
     def take_published(self, say: Say) -> None:
         """At the end: put the parameters that others see into the model; say so if they are another step's."""
         path = training.to_publish(self.folder)
-        if path is None:
+        another = self.best is not None and self.best.step != self.step
+        if path is None or not (another or self.settings.average):
             return
         published = training.load(path)
         load_parameters(self.model, published.shown)
-        if self.best is None or self.best.step == self.step:
+        if self.best is None or not another:
             return
         if self.senses is not None and published.modality is not None:
             copy_tensors(self.senses, published.modality, str(path))

@@ -38,7 +38,7 @@ def plan_ahead(me, s, job):  # type: ignore[no-untyped-def]
                 start = cache + panel * s.capacity * PANEL
                 count = add(words, count, s.values + start * size, visible * PANEL * size)
     words[NEXT], words[COUNT] = 0, count
-    for i in range(FIRST + count, s.ahead):
+    for i in range(FIRST + count, s.ahead - PIECES + count):  # as many as one product could take
         words[i] = s.x  # what is at hand anyway
 
 

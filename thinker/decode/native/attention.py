@@ -35,24 +35,9 @@ def multiply(me, s, x, x_at, x_step, rows, w_at, w_step, panels, k, out, out_at,
     """A product of rows that `taken` gave with the model's weights, in the type they have."""
     w, abreast, kind, scales, ahead = s.weights, s.abreast, s.kind, s.scales, pieces(me, s)
     call(
-        s.product,
-        x,
-        x_at,
-        x_step,
-        rows,
-        w,
-        w_at,
-        w_step,
-        panels,
-        abreast,
-        kind,
-        scales,
-        k,
-        ahead,
-        out,
-        out_at,
-        out_step,
-    )
+        s.product, x, x_at, x_step, rows, w, w_at, w_step, panels, abreast, kind, scales, k, ahead,
+        out, out_at, out_step,
+    )  # fmt: skip
 
 
 @njit(error_model="numpy", inline="always")

@@ -160,13 +160,12 @@ class NativeDecoder(Decoder):
             self._job["stop"], self._job["stops"] = self._stop.ctypes.data, self._stop.size
         drawn, left = [], count
         while left:
-            turns = min(BURST, left)
-            self._do(n, draw=1, turns=turns)
+            self._do(n, draw=1, turns=min(BURST, left))
             done = int(self._job["done"])
             for slot in chosen:
                 self._lengths[slot] += done
             drawn.append(check_drawn(self._drawn[: done * n]).reshape(done, n).copy())
-            left = left - done if done == turns and not np.isin(drawn[-1][-1], self._stop).any() else 0
+            left = 0 if np.isin(drawn[-1][-1], self._stop).any() else left - done
         return np.concatenate(drawn).T
 
     def trace(self, tokens: ArrayLike, slot: int = 0) -> NativeTrace:
