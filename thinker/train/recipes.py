@@ -31,8 +31,8 @@ PLENTY_OF_REPETITION = 12.0
 # What the rate times the weight decay adds up to over a run whose text repeats: the weights at the end are a mean over
 # so many times less than the whole run (arXiv 2405.13698), and such runs want more than is usual (arXiv 2509.14786).
 DECAY = 3.0
-AVERAGE = 0.13  # of such a run is what the weights shown are a mean over: 1 % fewer bits, on new text none
 MOST_DECAY = 0.1  # of a weight in one step, which only runs of a few steps come to
+AVERAGE = 0.13  # of such a run is what the weights shown are a mean over: 1 % fewer bits, on new text none
 INHERIT = 0.5  # of its parts' rows in a merged token's: a few per cent fewer bits, most where steps are few
 PATIENCE = 2  # of 12 looks: in the sweeps more never found a better state, less a worse one once
 COMPILED_GAIN = 1.5  # a compiled step against the eager one that was probed
@@ -72,7 +72,8 @@ def choose(
     config: ThinkerConfig, settings: TrainConfig, given: set[str], tokens_per_step: int, steps: float, epochs: float
 ) -> list[Choice]:
     """Everything else, when rows and expected length are known. `given` names what a person set of the architecture."""
-    tie = settings.init is None and not settings.chat and settings.tokenizer != "char" and ties(epochs)
+    new_on_texts = settings.init is None and not settings.chat
+    tie = new_on_texts and settings.tokenizer != "char" and ties(epochs)
     tied = config.tie_embeddings or (tie and "tie_embeddings" not in given)
     rates = _rates(config, settings, epochs, tied)
     choices = [
@@ -90,7 +91,7 @@ def choose(
         beta2 = settings.changed(beta2_tokens=half_life).adam_beta2(tokens_per_step)
         choices.append(Choice({"beta2_tokens": half_life}, f"β2 {beta2:.3f} at {tokens_per_step:,} tokens a step"))
     choices += [_dropout(epochs), _protection(epochs)]
-    if settings.init is None and not settings.chat and (average := average_for(epochs)):
+    if new_on_texts and (average := average_for(epochs)):
         why = "held-out text is predicted better by a mean over the weights of the last part than by the last"
         choices.append(Choice({"average": average}, why))
     kept = []
