@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from thinker.train.allocator import Heap, forget_peak, free_memory, peak, resident, trim
+from thinker.train.allocator import Heap, forget_peak, free_memory, huge_pages, peak, resident, trim
 
 needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the heap of another C library is not known")
 
@@ -19,8 +19,9 @@ if keeping:
     keep_freed_memory()
 heap = Heap()
 before = resident()
-pieces = [(heap.take(size), size) for size in [200 << 20, 3 << 20, 50_000] * 3]
-assert 609 << 20 <= heap.held <= 611 << 20, heap.held
+with heap.in_small_pages():
+    pieces = [(heap.take(size), size) for size in [200 << 20, 3 << 20, 50_000] * 3]
+assert 609 << 20 <= heap.held <= (611 << 20) + 2 * heap.page, heap.held
 assert resident() - before < 20 << 20
 for piece in pieces:
     heap.give_back(*piece)
@@ -35,6 +36,24 @@ def test_what_is_taken_is_counted_and_takes_nothing(keeping):
     """Bug: pieces are written to; or what is given back is counted, or not, against what the heap does with it."""
     program = [sys.executable, "-c", TAKEN.format(keeping=keeping)]  # of its own: how the heap is set holds for good
     done = subprocess.run(program, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_glibc
+@pytest.mark.skipif(not huge_pages(), reason="this system has no huge pages to give")
+def test_what_is_kept_lies_in_huge_pages():
+    """Bug: the reserve is trimmed or lies elsewhere: a tenth slower, and no number shows it; or it takes memory."""
+    program = """
+import ctypes, re
+from thinker.train.allocator import keep_freed_memory, resident
+before = resident()
+keep_freed_memory()
+assert resident() - before < 8 << 20
+block = ctypes.create_string_buffer(200 << 20)
+huge = re.search(r"AnonHugePages: +([0-9]+)", open("/proc/self/smaps_rollup").read())[1]
+assert int(huge) > 190 << 10, huge
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import product as product_of
 
 import numpy as np
 import pytest
@@ -213,7 +214,7 @@ def test_products_of_bytes_are_exact(instructions, outputs, monkeypatch):
     def multiply(x, w, scales, out):
         for at in range(0, 64, outputs):  # whole panels, or parts of them one by one
             panel = at // 32 * 32
-            tile(x, 0, step, w, panel * k, 32 * k, at - panel, product.Q8, scales, k, 0, out, at, 64)
+            tile(x, 0, step, w, panel * k, 32 * k, at - panel, product.Q8, scales, k, True, 0, out, at, 64)
 
     multiply(rows.ctypes.data, laid.ctypes.data, scales.ctypes.data, out.ctypes.data)
     sums = np.einsum("rbi,pobi->rpob", whole, weights).astype(np.float32)  # each rounded once
@@ -326,19 +327,15 @@ def test_what_is_fetched_ahead_is_what_attention_will_read(config, dtype):
     behind = words[ahead.FIRST + len(listed) : s["ahead"] - PIECES + len(listed)]
     assert len(behind) == max(config.d_model, config.d_ff, config.n_heads * width, s["capacity"]) // 32
     assert (behind == s["x"]).all()
-    lines = {line for start in listed for line in range(start // 64, (start + PIECE - 1) // 64 + 1)}
-    seen, pieces = set(), 0
-    for slot, length in enumerate(lengths):
-        for group in range(config.n_kv_heads):
-            at = slot * s["step_slot"] + group * s["step_head_cache"]
-            runs = [(decoder._keys, at, -(-(length + 1) // 32) * 32 * width)]
-            runs += [(decoder._values, at + p * s["capacity"] * 32, (length + 1) * 32) for p in range(s["head_panels"])]
-            for array, first, count in runs:
-                begin, size = array.ctypes.data + int(first) * array.itemsize, int(count) * array.itemsize
-                seen |= set(range(begin // 64, (begin + size - 1) // 64 + 1))
-                pieces += -(-size // PIECE)
-    assert seen <= lines
-    assert len(listed) == pieces
+    wanted = []
+    for group, slot in product_of(range(config.n_kv_heads), range(slots)):
+        at, length = slot * s["step_slot"] + group * s["step_head_cache"], lengths[slot] + 1
+        runs = [(decoder._keys, at, -(-length // 32) * 32 * width)]
+        runs += [(decoder._values, at + p * s["capacity"] * 32, length * 32) for p in range(s["head_panels"])]
+        for array, first, count in runs:
+            begin, size = array.ctypes.data + int(first) * array.itemsize, int(count) * array.itemsize
+            wanted += range(begin, begin + size, PIECE)
+    assert listed == wanted[:PIECES]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])

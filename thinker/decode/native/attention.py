@@ -16,7 +16,7 @@ from .elementwise import norm, rotate, softmax, to_float16
 from .layout import CHUNK, FLOAT16, PANEL, Q8
 from .product import call
 from .rows import to_int16
-from .shares import share, share_of_attention
+from .shares import share, share_of_attention, share_of_heads
 
 
 @njit(error_model="numpy")
@@ -58,21 +58,21 @@ def norm_rows(s, own, scale_at, first, last):  # type: ignore[no-untyped-def]
 @njit(error_model="numpy")
 def project(me, s, job, layer):  # type: ignore[no-untyped-def]
     """q, k and v of some heads, normed and turned: q into the work space, k and v into the cache."""
-    D, H, G = s.d_model, s.heads, s.groups
-    own = s.own + me * s.step_own
+    D, own = s.d_model, s.own + me * s.step_own
     at, at_floats = s.at_layers + layer * s.step_layer, s.at_layer_floats + layer * s.step_layer_floats
     norm_rows(s, own, at_floats, 0, job.rows)
     x, at_x, step_x = taken(s, own, own, 0, D, job.rows, D)
-    head, last = share(me, job.threads, H + 2 * G)
-    while head < last:
-        count = min(max(CHUNK // s.head_panels, 1), last - head)
-        step = count * s.head_width
-        first = at + head * s.head_width * D
-        multiply(me, s, x, at_x, step_x, job.rows, first, D * PANEL, count * s.head_panels, D, own, s.at_tile, step)
-        for row in range(job.rows):
-            for i in range(count):
-                finish_head(s, own, s.at_tile + row * step + i * s.head_width, row, layer, at_floats, head + i)
-        head += count
+    for part in range(3):
+        head, last = share_of_heads(me, s, job, part)
+        while head < last:
+            count = min(max(CHUNK // s.head_panels, 1), last - head)
+            step = count * s.head_width
+            first = at + head * s.head_width * D
+            multiply(me, s, x, at_x, step_x, job.rows, first, D * PANEL, count * s.head_panels, D, own, s.at_tile, step)
+            for row in range(job.rows):
+                for i in range(count):
+                    finish_head(s, own, s.at_tile + row * step + i * s.head_width, row, layer, at_floats, head + i)
+            head += count
 
 
 @njit(error_model="numpy", inline="always")

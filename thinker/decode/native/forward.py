@@ -19,7 +19,7 @@ from .attention import add_attention, attend, multiply, norm_rows, project, take
 from .layout import BLOCK, FLOAT32, GROUP, PANEL
 from .mlp import contract, expand
 from .rows import sum_of_squares
-from .shares import share
+from .shares import by_whole_groups, share
 
 
 @njit(error_model="numpy", inline="always")
@@ -29,7 +29,8 @@ def forward(me, s, job):  # type: ignore[no-untyped-def]
     for layer in range(s.layers):
         keep_norms(me, s, job, layer)
         project(me, s, job, layer)
-        barrier(me, job.threads, s.sync)
+        if not by_whole_groups(s, job):
+            barrier(me, job.threads, s.sync)
         attend(me, s, job, layer)
         turn_to(me, s, (layer + 1) % s.layers, layer)
         barrier(me, job.threads, s.sync)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ...config import ThinkerConfig
-from .processor import DOTS
+from .processor import DOTS, FETCHED
 
 PANEL = 32  # outputs side by side in memory
 BLOCK = 32  # inputs whose products are added up by themselves; in INT8 they share a scale
@@ -27,7 +27,7 @@ GROUP = 4 if DOTS else 2  # inputs of an output that lie together in INT8, as th
 QUERIES = 8  # rows of a prompt that attend together
 LINE = 16  # elements of a cache line of float32
 PIECE = 4 * LINE * BLOCK  # bytes that a product has fetched meanwhile, a line for each input of a block
-PIECES = 4096  # of them that a thread lists for one layer
+PIECES = FETCHED // PIECE  # of them that a thread lists for one layer
 MANY_ROWS = 8  # from here on products are long enough for meetings, and for memory to bring something meanwhile
 SHORT = 1 << 18  # bytes of one head's keys that are allotted at once, however few come
 STRIDE = 16  # words from one thread's to the next: two cache lines, as processors fetch them in pairs

@@ -17,3 +17,6 @@ DOTS = _FEATURES.get("avx512vnni", False)
 PAIRS = _FEATURES.get("avx2", False)
 # Older processors lack the instruction that makes float32 of float16.
 CONVERTS = MACHINE == "aarch64" or _FEATURES.get("f16c", False)
+# Bytes that are worth fetching long before they are used: what a core's own cache has room for beside other things, or
+# all, as on AMD's, where what falls out of that one stays near.
+FETCHED = 1 << 24 if binding.get_host_cpu_name().startswith("znver") else 1 << 19

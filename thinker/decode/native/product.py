@@ -95,9 +95,9 @@ def _tile(rows: int, outputs: int, dots: bool = DOTS) -> Any:
     Each block of 32 inputs is added up by itself, then joined to the sum of those before, which rounds off a third of
     what one long sum does (through SmolLM2's 30 layers: logits as near to float64 as torch's). As `kind` says, w is
     float32, or float16 (keys and values), or Q8_0: then x has been rounded too (`rows.to_int16`), and a block's
-    sum is one of integers, exact, and scaled as a whole. Meanwhile the next weights are fetched: for many rows, which
-    use a panel over and over, all of the next panel; and for each block of inputs the next PIECE bytes of those at
-    `ahead`, which is a list of addresses. `dots` says how bytes are multiplied, and so how they lie.
+    sum is one of integers, exact, and scaled as a whole. Meanwhile the next weights are fetched if `asks` says so: for
+    many rows, which use a panel over and over, all of the next panel; and for each block of inputs the next PIECE bytes
+    of those at `ahead`, which is a list of addresses. `dots` says how bytes are multiplied, and so how they lie.
     """
     busy = rows == TALL  # long enough with one load that others' come meanwhile
     group, add = (4, _add_fours) if dots else (2, _add_pairs)
@@ -105,9 +105,10 @@ def _tile(rows: int, outputs: int, dots: bool = DOTS) -> Any:
     vectors = len(places)
 
     @intrinsic
-    def tile(typing, x, x_at, x_step, w, w_at, w_step, first, kind, scales, k, ahead, out, out_at, out_step):  # type: ignore[no-untyped-def]
+    def tile(typing, x, x_at, x_step, w, w_at, w_step, first, kind, scales, k, asks, ahead, out, out_at, out_step):  # type: ignore[no-untyped-def]
         def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-            x, x_at, x_step, w, w_at, w_step, first, kind, scales, k, ahead, out, out_at, out_step = arguments
+            x, x_at, x_step, w, w_at, w_step, first, kind, scales, k, asks, ahead, out, out_at, out_step = arguments
+            asking = builder.icmp_signed("!=", asks, INT(0))
             zeros = [same(FLOATS, 0.0)] * (rows * vectors)
 
             def x_rows(element):  # type: ignore[no-untyped-def]
@@ -137,7 +138,8 @@ def _tile(rows: int, outputs: int, dots: bool = DOTS) -> Any:
                         line = builder.mul(builder.sub(j, begin), INT(PIECE // BLOCK))
                         _fetch(builder, builder.gep(piece, [line]), 0, near=2)
                     if rows > 1 and element == FLOAT:
-                        ask(starts[0], j, w_step, 1)
+                        with builder.if_then(asking):
+                            ask(starts[0], j, w_step, 1)
                     weights = [load(builder, builder.gep(start, [builder.mul(j, INT(PANEL))])) for start in starts]
                     if element == SHORT:
                         weights = [from_half(builder, weight) for weight in weights]
@@ -169,7 +171,8 @@ def _tile(rows: int, outputs: int, dots: bool = DOTS) -> Any:
 
                 def block(j, sums):  # type: ignore[no-untyped-def]
                     if rows > 1 or outputs == PANEL:
-                        ask(lanes[0], j, w_step if rows > 1 else INT(STREAM), BLOCK)
+                        with builder.if_then(asking):
+                            ask(lanes[0], j, w_step if rows > 1 else INT(STREAM), BLOCK)
                     place = builder.sdiv(j, INT(BLOCK))
                     piece, lines = piece_for(j) if busy else None, iter(range(0, PIECE, CACHE_LINE))
                     begin = [beside(row, WORD, builder.add(blocks, place)) for row in inputs]
@@ -214,7 +217,7 @@ def _tile(rows: int, outputs: int, dots: bool = DOTS) -> Any:
                         keep(in_floats(FLOAT))
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 14), generate
+        return types.void(*[types.int64] * 15), generate
 
     return tile
 
@@ -244,21 +247,24 @@ def product(x, x_at, x_step, rows, w, w_at, w_step, panels, abreast, kind, scale
                     row = 0
                     while row + TALL <= rows:
                         from_x, into = x_at + row * x_step, to + row * out_step + part
-                        pieces = take(ahead, blocks)
-                        tall(x, from_x, x_step, w, from_w, w_step, part, kind, scales, k, pieces, out, into, out_step)
+                        last, pieces = row + 2 * TALL > rows, take(ahead, blocks)
+                        tall(
+                            x, from_x, x_step, w, from_w, w_step, part, kind, scales, k, last, pieces,
+                            out, into, out_step,
+                        )  # fmt: skip
                         row += TALL
                 while row + LOW <= rows:
                     from_x, into = x_at + row * x_step, to + row * out_step
-                    low(x, from_x, x_step, w, from_w, w_step, 0, kind, scales, k, ahead, out, into, out_step)
+                    low(x, from_x, x_step, w, from_w, w_step, 0, kind, scales, k, 1, ahead, out, into, out_step)
                     row += LOW
         for r in range(row, rows):
             from_x, from_w, to = x_at + r * x_step, w_at + panel * w_step, out_at + r * out_step + panel * PANEL
             if together == 4:
-                four_panels(x, from_x, x_step, w, from_w, w_step, 0, kind, scales, k, ahead, out, to, out_step)
+                four_panels(x, from_x, x_step, w, from_w, w_step, 0, kind, scales, k, 1, ahead, out, to, out_step)
             elif together == 2:
-                two_panels(x, from_x, x_step, w, from_w, w_step, 0, kind, scales, k, ahead, out, to, out_step)
+                two_panels(x, from_x, x_step, w, from_w, w_step, 0, kind, scales, k, 1, ahead, out, to, out_step)
             else:
-                one_panel(x, from_x, x_step, w, from_w, w_step, 0, kind, scales, k, ahead, out, to, out_step)
+                one_panel(x, from_x, x_step, w, from_w, w_step, 0, kind, scales, k, 1, ahead, out, to, out_step)
         panel += together
     return 0
 
