@@ -17,9 +17,9 @@ from numba import njit
 from benchmarks import same_bytes
 from thinker import moe
 from thinker.decode.decoder import Decoder
-from thinker.decode.native import ahead, open_native, processor, product, rows
+from thinker.decode.native import ahead, open_native, processor, product, rows, shares
 from thinker.decode.native.elementwise import to_float16
-from thinker.decode.native.layout import PIECE, PIECES
+from thinker.decode.native.layout import JOB, PIECE, PIECES, QUERIES, SHAPE
 from thinker.decode.native.pace import LEAST, MOST, Pace
 from thinker.decode.torch_decoder import TorchDecoder
 from thinker.formats.q8 import Q8Tensor
@@ -336,6 +336,30 @@ def test_what_is_fetched_ahead_is_what_attention_will_read(config, dtype):
             begin, size = array.ctypes.data + int(first) * array.itemsize, int(count) * array.itemsize
             wanted += range(begin, begin + size, PIECE)
     assert listed == wanted[:PIECES]
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (8, 2), (6, 3), (9, 3), (5, 1)])
+def test_threads_that_do_not_meet_attend_to_what_they_projected(heads, groups):
+    """Bug: a thread reads q, k or v that another is about to write, which shows once in a million tokens."""
+    s, job = np.zeros(1, SHAPE)[0], np.zeros(1, JOB)[0]
+    s["heads"], s["groups"] = heads, groups
+    each = heads // groups
+    for threads, tokens, together in product_of((1, 2, 3, 4), (1, 7, 8, 32, 64), (1, QUERIES)):
+        job["threads"], job["rows"], job["together"] = threads, tokens, together
+        blocks, projected, attended = -(-tokens // together), [], []
+        for me in range(threads):
+            made = [range(*shares.share_of_heads(me, s, job, part)) for part in range(3)]
+            projected += [head for part in made for head in part]
+            count, first, last = shares.share_of_attention(me, s, job)
+            starts = [item // blocks * count for item in range(first, last)]
+            attended += [(head, item % blocks) for item, head in zip(range(first, last), starts, strict=True)]
+            if shares.by_whole_groups(s, job):
+                own = {head + i for head in starts for i in range(count)}
+                assert own <= set(made[0])
+                assert {heads + head // each for head in own} <= set(made[1])
+                assert {heads + groups + head // each for head in own} <= set(made[2])
+        assert sorted(projected) == list(range(heads + 2 * groups))
+        assert len(set(attended)) == len(attended) == blocks * heads // count
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])

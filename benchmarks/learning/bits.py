@@ -63,6 +63,7 @@ TUNED: dict[str, dict[str, Any]] = {
     "AdamW, cosine: lr 0.016": PLAIN | {"lr": 1.6e-2},
     "AdamW, cosine: 2 rows, lr 0.004": PLAIN | {"batch_size": 2, "lr": 4e-3},
     "AdamW, cosine: warm-up 0.15": PLAIN | {"warmup": 0.15},
+    "AdamW, cosine: tied, lr 0.002": PLAIN | {"lr": 2e-3, "tie_embeddings": True},
     f"{OURS}: last weights": RECIPE | {"average": 0.0},
     f"{OURS}: apart, last weights": RECIPE | {"average": 0.0, "tie_embeddings": False},
     f"{OURS}: lr 0.003": RECIPE | {"lr": 3e-3},
