@@ -9,7 +9,7 @@ import torch
 from conftest import randomise, small
 
 from thinker.certificate import Truth, certify, find_truth, within
-from thinker.certificate.elsewhere import gguf_checks
+from thinker.certificate.elsewhere import gguf_checks, verify_gguf
 from thinker.certificate.truth import FLOAT32_SHARE, ROUNDINGS_IN_A_BLOCK, swaying
 from thinker.checkpoint.publish import Publication, write_view
 from thinker.commands import parse
@@ -54,6 +54,25 @@ def test_an_honest_model_passes_everything(folder, name):
         assert way in names
     native = [check for check in checks if check.name.startswith("native:") and "float64" not in check.name]
     assert all(check.figure == 0 for check in native if check.figure is not None), "the same bytes are promised"
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGILL)", "llama.cpp was ended by SIGILL"),
+        ("raise RuntimeError('no such instruction')", "llama.cpp failed: RuntimeError: no such instruction"),
+        ("raise SystemExit", "llama.cpp failed: it said nothing"),
+    ],
+)
+def test_a_crash_of_llama_cpp_is_a_line_of_the_certificate(folder, tmp_path, monkeypatch, code, words):
+    """Bug: `thinker doctor` dies with it, or takes silence for agreement."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "llama_cpp.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "elsewhere"))
+    llm = load(folder("dense"), "torch")
+    tokens = np.arange(10)
+    (check,) = verify_gguf(tmp_path / "model.gguf", llm, tokens, find_truth(llm, tokens))
+    assert (check.passed, check.note) == (False, words)
 
 
 def test_what_no_other_program_can_run_is_said_and_does_not_fail(folder):

@@ -21,10 +21,10 @@ from ..formats.gguf_export import check_exportable, export_gguf
 from ..formats.huggingface import expressible
 from ..formats.tensors import LazyTensors
 from ..llm import LLM
+from .llamacpp import ask
 from .truth import Check, Say, Truth, within
 
 GREEDY_TOKENS = 32
-CONTEXT = 256  # the least that llama.cpp takes, and more than is asked here; a model's own may need gigabytes
 
 AWKWARD_TEXTS = (
     "Hello, world!",
@@ -102,45 +102,26 @@ def verify_gguf(path: Path, llm: LLM, tokens: np.ndarray, truth: Truth, exact: b
     """llama.cpp on a GGUF file against Thinker on the model it was made from.
 
     exact: the file is in float32, so logits agree to rounding and the greedy text is the same; otherwise the difference
-    of log-probabilities is only reported. llama.cpp keeps keys and values in float32 here, not in its default float16.
+    of log-probabilities is only reported.
     """
-    import llama_cpp
-
-    llama = llama_cpp.Llama(
-        str(path),
-        n_ctx=CONTEXT,
-        n_batch=len(tokens),
-        n_ubatch=len(tokens),
-        type_k=llama_cpp.GGML_TYPE_F32,
-        type_v=llama_cpp.GGML_TYPE_F32,
-        logits_all=True,
-        verbose=False,
-    )
-    wrong = [
-        text
-        for text in AWKWARD_TEXTS
-        if llama.tokenize(text.encode(), add_bos=False, special=False) != llm.tokenizer.encode(text)
-    ]
+    prompt, room = beginning(llm, tokens)
+    try:
+        answers = ask(path, list(AWKWARD_TEXTS), tokens.tolist(), prompt, room)
+    except RuntimeError as error:
+        return [Check("llama.cpp reads the file", None, None, False, str(error))]
+    pairs = zip(AWKWARD_TEXTS, answers.texts, strict=True)
+    wrong = [text for text, ids in pairs if ids != llm.tokenizer.encode(text)]
     same_tokens = Check(
         "llama.cpp: same tokens for awkward texts", float(len(wrong)), 0.0, not wrong, repr(wrong[0]) if wrong else ""
     )
-    llama.eval(tokens.tolist())
-    theirs = np.array(llama.scores[: len(tokens)], np.float64)
+    theirs = answers.logits.astype(np.float64)
     if exact:
         name = "llama.cpp: float32 logits equal Thinker's"
         logits = within(name, theirs, truth.logits, truth.tolerance, "keys, values float32")
     else:
         difference = float(np.abs(log_softmax(theirs) - log_softmax(truth.logits)).max())
         logits = Check("llama.cpp: greatest difference in log-probability", difference, None, None, "rounded weights")
-    prompt, room = beginning(llm, tokens)
-    llama.reset()
-    written: list[int] = []
-    for token in llama.generate(prompt, temp=0.0):
-        written.append(token)
-        if len(written) == room:
-            break
-    same = same_beginning(greedy(llm, prompt, room), written)
-    llama.close()
+    same = same_beginning(greedy(llm, prompt, room), answers.written)
     continuation = Check(
         "llama.cpp: same greedy continuation", float(same), float(room), same == room if exact else None, "tokens"
     )
