@@ -3,6 +3,7 @@
 import pytest
 
 from thinker.config import ThinkerConfig
+from thinker.moe import SPACING
 from thinker.train.config import TrainConfig
 from thinker.train.estimate import PROGRAMS, changes, programs, remedies
 from thinker.train.rehearsal import Rehearsal
@@ -43,7 +44,8 @@ def test_what_recomputes_already_is_not_told_to():
 def test_programs_of_a_mixture_grow_with_the_steps_to_their_bound():
     """Bug: 500 MB that oneDNN gathers over the steps of a mixture in bfloat16 are left out, or counted without end."""
     rehearsal = Rehearsal(whole={}, at_peak={}, held=0, rest=0, products=50, grouped=6)
-    few = programs(rehearsal, CONFIG, TrainConfig(steps=2))
-    assert few == 50 + 6 * CONFIG.num_experts * CONFIG.n_layers * 3
-    assert programs(rehearsal, CONFIG, TrainConfig(steps=1000)) == PROGRAMS
-    assert programs(rehearsal, CONFIG, TrainConfig(minutes=1)) == PROGRAMS
+    few = programs(rehearsal, CONFIG, TrainConfig(steps=2, batch_size=8))
+    assert few == 50 + 6 * 8 * CONFIG.ctx_len * 2 // SPACING  # sizes that a group can have
+    assert programs(rehearsal, CONFIG.changed(n_layers=1, num_experts=2), TrainConfig(steps=2)) == 50 + 6 * 2 * 3
+    assert programs(rehearsal, CONFIG.changed(ctx_len=2048), TrainConfig(steps=1000)) == PROGRAMS
+    assert programs(rehearsal, CONFIG.changed(ctx_len=2048), TrainConfig(minutes=1)) == PROGRAMS

@@ -13,7 +13,7 @@ from torch import Tensor
 from thinker import moe
 from thinker.config import ThinkerConfig
 from thinker.model import ACTIVATIONS, MLP
-from thinker.moe import MoE, choose, grouped_product, looped_product
+from thinker.moe import SPACING, MoE, choose, grouped_product, looped_product, spaced
 
 
 def mixture(experts: int = 8, chosen: int = 2, activation: str = "silu", **fields: int) -> MoE:
@@ -115,6 +115,44 @@ def test_grouped_product_equals_the_loop_gradients_too(counts: list[int], dtype:
         torch.testing.assert_close(one.double(), other, rtol=0, atol=24 * 10 * torch.finfo(dtype).eps / 2)
     for weight_gradient, count in zip(got[2], counts, strict=True):
         assert bool((weight_gradient == 0).all()) == (count == 0)
+
+
+def test_spaced_rows_keep_their_expert_and_their_order() -> None:
+    """Catches rows that land among another expert's, and sizes that aren't among the few."""
+    counts = torch.tensor([3, 0, SPACING + 6, SPACING, 1])
+    rows = torch.arange(1.0, int(counts.sum()) + 1)[:, None].expand(-1, 2)
+    room, wide, places = spaced(rows, counts)
+    assert wide.tolist() == [SPACING, 0, 2 * SPACING, SPACING, SPACING]
+    assert torch.equal(room[places], rows)
+    shares = room.split([*wide.tolist(), len(room) - int(wide.sum())])
+    for share, own in zip(shares, rows.split(counts.tolist()), strict=False):
+        assert torch.equal(share[: len(own)], own)
+        assert not share[len(own) :].any()
+
+
+@pytest.mark.parametrize("tokens", [9, 150])
+def test_gradients_of_the_module_in_bfloat16(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches zeros between rows that are taken for answers, and groups of any size, each a program of its own."""
+    sizes: list[int] = []
+
+    def recorded(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        sizes.extend(counts.tolist())
+        return grouped_product(rows, weight, counts)
+
+    monkeypatch.setattr(moe, "grouped_product", recorded)
+    module, x = mixture(5, 2), stream(2, tokens)
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    exact = torch.autograd.grad(module(x)[0], tuple(module.parameters()), upstream)
+    module.float()
+    # The same experts are to be chosen, whose logits are nearer to each other than bfloat16 tells apart.
+    monkeypatch.setattr(module.router, "forward", lambda given: F.linear(given.double(), module.router.weight.double()))
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = module(x.float())
+    narrow = torch.autograd.grad(y, tuple(module.parameters()), upstream.to(y.dtype))
+    assert sizes
+    assert all(size % SPACING == 0 for size in sizes)
+    for one, other in zip(narrow, exact, strict=True):
+        assert float((one.double() - other).norm() / other.norm()) < 8 * torch.finfo(torch.bfloat16).eps
 
 
 def test_gradients_of_the_module_in_float32() -> None:

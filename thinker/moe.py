@@ -18,6 +18,8 @@ from .config import ThinkerConfig
 
 Activate = Callable[[Tensor], Tensor]
 
+SPACING = 64  # rows
+
 
 class Experts(nn.Module):
     """E SwiGLU experts as three stacked matrices."""
@@ -76,7 +78,24 @@ def apply_experts(experts: Experts, rows: Tensor, counts: Tensor, activate: Acti
     product = grouped_product if fits else looped_product
     gate, up, down = weights
     rows = rows.to(dtype)
-    return product(activate(product(rows, gate, counts)) * product(rows, up, counts), down, counts)
+    spacing_pays = fits and rows.device.type == "cpu" and dtype != torch.float32
+    rows, counts, places = spaced(rows, counts) if spacing_pays else (rows, counts, None)
+    answers = product(activate(product(rows, gate, counts)) * product(rows, up, counts), down, counts)
+    return answers if places is None else answers[places]
+
+
+def spaced(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows (R, D) with zeros behind each expert's, so that it has a multiple of `SPACING`: with what is left at the end
+    (R + E * SPACING, D), new counts (E,), and where each row is now (R,).
+
+    For products in narrow types on a processor oneDNN makes a program for every number of rows, which takes longer than
+    to run it where that is fast (with AMX 2.6 times as long for a whole step). Few numbers come again and again.
+    """
+    wide = (counts + SPACING - 1) // SPACING * SPACING
+    moved = (wide - counts).cumsum(dim=0) - (wide - counts)  # how far each expert's rows move
+    places = torch.arange(len(rows), device=rows.device) + moved.repeat_interleave(counts, output_size=len(rows))
+    room = rows.new_zeros(len(rows) + len(counts) * SPACING, rows.shape[1])
+    return room.index_copy(0, places, rows), wide, places
 
 
 def grouped_product(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from ..config import ThinkerConfig
 from ..data.chat_shards import ChatCorpus
 from ..data.shards import Corpus
 from ..model import ThinkerLM
+from ..moe import SPACING
 from .allocator import resident, trim
 from .config import TrainConfig
 from .decide import DTYPES, Decisions, Precision
@@ -148,9 +149,11 @@ def changes(config: ThinkerConfig, settings: TrainConfig, to: ThinkerConfig, oth
 
 
 def programs(rehearsal: Rehearsal, config: ThinkerConfig, settings: TrainConfig) -> int:
-    """How many programs for products oneDNN comes to keep: every step gives the groups of experts other sizes."""
+    """How many programs for products oneDNN comes to keep: one for each size that a group of rows comes to have."""
     steps = PROGRAMS if settings.steps is None else settings.steps * settings.accumulate + 1  # with the probe
-    return min(PROGRAMS, rehearsal.products + rehearsal.grouped * config.num_experts * config.n_layers * steps)
+    sizes = settings.batch_size * config.ctx_len * config.num_experts_per_tok // SPACING
+    groups = min(config.num_experts * config.n_layers * steps, sizes)
+    return min(PROGRAMS, rehearsal.products + rehearsal.grouped * groups)
 
 
 def measured(plan: Plan, config: ThinkerConfig, settings: TrainConfig) -> Plan:

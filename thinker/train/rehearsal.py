@@ -68,7 +68,7 @@ class Rehearsal:
     held: int  # at most by the heap, holes included; 0 where the allocator is not known
     rest: int  # in use between two steps; the heap keeps its holes, and what comes then fills them
     products: int  # shapes of products
-    grouped: int  # shapes of grouped products, of whose groups each has its own, in every layer and step anew
+    grouped: int  # shapes of grouped products, of whose groups each has its own size, in every layer and step anew
 
     @property
     def peak(self) -> int:
