@@ -1,8 +1,9 @@
 """The network for up to 64 rows at once, each a token of some slot at some place in it.
 
-Within a phase every thread makes its own share of the outputs, whole; between phases the threads meet. What all of them
-need and what is cheap (norms, routing) each works out for itself, which costs less than one more meeting. A row's
-arithmetic is the same whoever its neighbours are and however many threads there are.
+Within a phase every thread makes its own share of the outputs, whole; between phases the threads meet, unless each has
+made by itself what it needs. What all of them need and what is cheap (norms, routing) each works out for itself, which
+costs less than one more meeting. A row's arithmetic is the same whoever its neighbours are and however many threads
+there are.
 """
 
 # N rows, D d_model, V vocab_size
