@@ -12,6 +12,12 @@ from thinker.train.allocator import Heap, forget_peak, free_memory, huge_pages, 
 needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the heap of another C library is not known")
 
 
+def alone(program):
+    """Run a program whose heap is its own: how it is set holds for good, and what others left in it is in the way."""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 TAKEN = """
 from thinker.train.allocator import Heap, keep_freed_memory, resident
 keeping = {keeping}
@@ -34,16 +40,14 @@ assert heap.most >= 609 << 20, heap.most
 @pytest.mark.parametrize("keeping", [False, True])
 def test_what_is_taken_is_counted_and_takes_nothing(keeping):
     """Bug: pieces are written to; or what is given back is counted, or not, against what the heap does with it."""
-    program = [sys.executable, "-c", TAKEN.format(keeping=keeping)]  # of its own: how the heap is set holds for good
-    done = subprocess.run(program, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+    alone(TAKEN.format(keeping=keeping))
 
 
 @needs_glibc
 @pytest.mark.skipif(not huge_pages(), reason="this system has no huge pages to give")
 def test_what_is_kept_lies_in_huge_pages():
-    """Bug: the reserve is trimmed or lies elsewhere: a tenth slower, and no number shows it; or it takes memory."""
-    program = """
+    """Bug: the reserve is trimmed or lies elsewhere: 6 % slower, and no number shows it; or it takes memory."""
+    alone("""
 import ctypes, re
 from thinker.train.allocator import keep_freed_memory, resident
 before = resident()
@@ -52,25 +56,24 @@ assert resident() - before < 8 << 20
 block = ctypes.create_string_buffer(200 << 20)
 huge = re.search(r"AnonHugePages: +([0-9]+)", open("/proc/self/smaps_rollup").read())[1]
 assert int(huge) > 190 << 10, huge
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+""")
 
 
 @needs_glibc
 def test_a_hole_is_held():
     """Bug: the allocator's holes, a fifth of a run's memory, count as free."""
-    heap = Heap()
-    pieces = [(heap.take(size), size) for size in [100_000] * 200]
-    assert all(heap._inside(address) for address, _ in pieces)
-    full = heap.held
-    for piece in pieces[:-1]:
-        heap.give_back(*piece)
-    assert heap.held == full
-    again = [(heap.take(50_000), 50_000) for _ in range(100)]
-    assert heap.held <= full + max(1 << 20, heap.page)
-    for piece in [*again, pieces[-1]]:
-        heap.give_back(*piece)
+    alone("""
+from thinker.train.allocator import Heap
+heap = Heap()
+pieces = [(heap.take(size), size) for size in [100_000] * 200]
+assert all(heap._inside(address) for address, _ in pieces)
+full = heap.held
+for piece in pieces[:-1]:
+    heap.give_back(*piece)
+assert heap.held == full
+again = [(heap.take(50_000), 50_000) for _ in range(100)]
+assert heap.held <= full + max(1 << 20, heap.page)
+""")
 
 
 def test_a_heap_that_is_not_known_counts_nothing():
