@@ -42,7 +42,7 @@ def test_what_recomputes_already_is_not_told_to():
 
 
 def test_programs_of_a_mixture_grow_with_the_steps_to_their_bound():
-    """Bug: 500 MB that oneDNN gathers over the steps of a mixture in bfloat16 are left out, or counted without end."""
+    """Bug: what oneDNN gathers over the steps of a mixture in bfloat16 is left out, or counted without end."""
     rehearsal = Rehearsal(whole={}, at_peak={}, held=0, rest=0, products=50, grouped=6)
     few = programs(rehearsal, CONFIG, TrainConfig(steps=2, batch_size=8))
     assert few == 50 + 6 * 8 * CONFIG.ctx_len * 2 // SPACING  # sizes that a group can have

@@ -99,7 +99,7 @@ def spaced(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def grouped_product(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """rows @ weight[e].T for each expert's rows in one call: no loop, no padding, no synchronisation."""
+    """rows @ weight[e].T for each expert's rows in one call: no loop, no synchronisation."""
     return F.grouped_mm(rows, weight.transpose(-2, -1), offs=counts.cumsum(dim=0).to(torch.int32))
 
 

@@ -106,7 +106,7 @@ def verify_gguf(path: Path, llm: LLM, tokens: np.ndarray, truth: Truth, exact: b
     """
     prompt, room = beginning(llm, tokens)
     try:
-        answers = ask(path, list(AWKWARD_TEXTS), tokens.tolist(), prompt, room)
+        answers = ask(path, AWKWARD_TEXTS, tokens.tolist(), prompt, room)
     except RuntimeError as error:
         return [Check("llama.cpp reads the file", None, None, False, str(error))]
     pairs = zip(AWKWARD_TEXTS, answers.texts, strict=True)

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ class Answers:
     written: list[int]  # the likeliest continuation of the prompt
 
 
-def ask(path: Path, texts: list[str], tokens: list[int], prompt: list[int], room: int) -> Answers:
+def ask(path: Path, texts: Sequence[str], tokens: list[int], prompt: list[int], room: int) -> Answers:
     """Ask about a GGUF file. Raises `RuntimeError` with llama.cpp's last words when it doesn't live to answer."""
     request = json.dumps({"texts": texts, "tokens": tokens, "prompt": prompt, "room": room})
     with tempfile.TemporaryDirectory() as folder:

@@ -106,7 +106,7 @@ def keep_freed_memory() -> None:
     """Let the heap keep what is freed, whatever its size, and lie in huge pages, where the C library is glibc.
 
     A step takes what the last had. Without that the large tensors of every step go back to the system and come again
-    page by page, filled with zeros: 48,000 pages a step of the tiny model, 9 % of its time. Another tenth is what the
+    page by page, filled with zeros: 48,000 pages a step of the tiny model, 9 % of its time. Another 6 % is what the
     processor takes to find small pages. The system gives large ones only where they are asked for beforehand: addresses
     for half of what is free are taken and given back. They cost nothing until they are used.
     """

@@ -151,7 +151,7 @@ def changes(config: ThinkerConfig, settings: TrainConfig, to: ThinkerConfig, oth
 def programs(rehearsal: Rehearsal, config: ThinkerConfig, settings: TrainConfig) -> int:
     """How many programs for products oneDNN comes to keep: one for each size that a group of rows comes to have."""
     steps = PROGRAMS if settings.steps is None else settings.steps * settings.accumulate + 1  # with the probe
-    sizes = settings.batch_size * config.ctx_len * config.num_experts_per_tok // SPACING
+    sizes = -(-settings.batch_size * config.ctx_len * config.num_experts_per_tok // SPACING)
     groups = min(config.num_experts * config.n_layers * steps, sizes)
     return min(PROGRAMS, rehearsal.products + rehearsal.grouped * groups)
 

@@ -229,8 +229,9 @@ four_panels, two_panels, one_panel = _tile(1, 4 * PANEL), _tile(1, 2 * PANEL), _
 def product(x, x_at, x_step, rows, w, w_at, w_step, panels, abreast, kind, scales, k, ahead, out, out_at, out_step):  # type: ignore[no-untyped-def]
     """out[r, 32 p + lane] = sum over j of x[r, j] * w[p, j, lane]; addresses, places from there, and strides.
 
-    `TALL` rows by one panel fill the registers. A single row takes several panels `abreast`, so that enough sums are
-    on their way to hide how long one addition takes; but weights from beyond the caches come faster as a single stream.
+    `TALL` rows by one panel fill the registers; of several such blocks only the last has the next panel fetched, since
+    to ask costs a fifth of a block's time. A single row takes several panels `abreast`, so that enough sums are on
+    their way to hide how long one addition takes; but weights from beyond the caches come faster as a single stream.
     `ahead` is the thread's list of what to fetch meanwhile. A kernel of its own, whose address the others get
     (`SHAPE`): compiled once, and not into each of its callers.
     """
@@ -255,16 +256,16 @@ def product(x, x_at, x_step, rows, w, w_at, w_step, panels, abreast, kind, scale
                         row += TALL
                 while row + LOW <= rows:
                     from_x, into = x_at + row * x_step, to + row * out_step
-                    low(x, from_x, x_step, w, from_w, w_step, 0, kind, scales, k, 1, ahead, out, into, out_step)
+                    low(x, from_x, x_step, w, from_w, w_step, 0, kind, scales, k, True, ahead, out, into, out_step)
                     row += LOW
         for r in range(row, rows):
             from_x, from_w, to = x_at + r * x_step, w_at + panel * w_step, out_at + r * out_step + panel * PANEL
             if together == 4:
-                four_panels(x, from_x, x_step, w, from_w, w_step, 0, kind, scales, k, 1, ahead, out, to, out_step)
+                four_panels(x, from_x, x_step, w, from_w, w_step, 0, kind, scales, k, True, ahead, out, to, out_step)
             elif together == 2:
-                two_panels(x, from_x, x_step, w, from_w, w_step, 0, kind, scales, k, 1, ahead, out, to, out_step)
+                two_panels(x, from_x, x_step, w, from_w, w_step, 0, kind, scales, k, True, ahead, out, to, out_step)
             else:
-                one_panel(x, from_x, x_step, w, from_w, w_step, 0, kind, scales, k, 1, ahead, out, to, out_step)
+                one_panel(x, from_x, x_step, w, from_w, w_step, 0, kind, scales, k, True, ahead, out, to, out_step)
         panel += together
     return 0
 
