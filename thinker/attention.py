@@ -7,9 +7,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 QUERY_BLOCK = 128
 
@@ -67,17 +70,74 @@ def blocked_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     B, H, T, width = q.shape
     G = k.shape[1]
-    q = (q * width**-0.5).view(B, G, H // G, T, width)
-    k_turned = k.transpose(-2, -1).unsqueeze(2)  # (B, G, 1, head_dim, T)
-    v = v.unsqueeze(2)  # (B, G, 1, T, head_dim)
-    outputs = []
-    for start in range(0, T, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, T)
-        scores = q[..., start:end, :] @ k_turned[..., :end]  # (B, G, R, block, end)
-        # Added in float32, which widens the scores, rather than filled in: backwards that costs nothing.
-        future = torch.full((end - start, end), -torch.inf, dtype=torch.float32, device=q.device).triu(start + 1)
-        outputs.append((scores + future).softmax(dim=-1).to(q.dtype) @ v[..., :end, :])
-    return torch.cat(outputs, dim=-2).view(B, H, T, width)
+    # A place's R queries of a group are neighbours, so that a block is a part of all rows: (B G, T R, head_dim).
+    q = (q * width**-0.5).view(B, G, H // G, T, width).transpose(2, 3).reshape(B * G, -1, width)
+    y = _BlockedCausal.apply(q, k.reshape(B * G, T, width), v.reshape(B * G, T, width))
+    return y.view(B, G, T, H // G, width).transpose(2, 3).reshape(B, H, T, width)
+
+
+class _BlockedCausal(torch.autograd.Function):
+    """Of q (N, T R, head_dim), scaled, and k and v (N, T, head_dim).
+
+    What a row's weights have to be divided by, their sum, divides the outputs instead (arXiv 2205.14135), as it does
+    the gradients on their way back: that leaves little to do for each score.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        R = q.shape[1] // k.shape[1]
+        outputs, sums, weights = [], [], []
+        for rows, keys in _blocks(k.shape[1], R):
+            scores = _widened(q[:, rows] @ k[:, keys].mT)  # (N, block R, keys)
+            own, others = (torch.arange(part.start, part.stop, device=q.device) for part in (rows, keys))
+            scores.masked_fill_(others.int() > (own // R).int()[:, None], -torch.inf)
+            weights.append(scores.sub_(scores.amax(dim=-1, keepdim=True)).exp_().to(q.dtype))
+            sums.append(weights[-1].sum(dim=-1, keepdim=True, dtype=scores.dtype))
+            outputs.append((weights[-1] @ v[:, keys] / sums[-1]).to(q.dtype))
+        output = torch.cat(outputs, dim=1)
+        ctx.save_for_backward(q, k, v, output, torch.cat(sums, dim=1), *weights)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
+        q, k, v, output, sums, *weights = ctx.saved_tensors
+        wide = _widened(upstream) / sums
+        # Of a row's weights and their gradients the sum of the products is that of its output and its gradient.
+        inner, upstream = (wide * output).sum(dim=-1, keepdim=True), wide.to(q.dtype)
+        blocks = list(_blocks(k.shape[1], q.shape[1] // k.shape[1]))
+        q_grads, k_parts, v_parts = [], [], []
+        for (rows, keys), part in zip(blocks, weights, strict=True):
+            grads = _widened(upstream[:, rows] @ v[:, keys].mT).sub_(inner[:, rows])
+            errors = grads.mul_(part).to(q.dtype)  # of the scores
+            q_grads.append(errors @ k[:, keys])
+            k_parts.append(errors.mT @ q[:, rows])
+            v_parts.append(part.mT @ upstream[:, rows])
+        return torch.cat(q_grads, dim=1), _added(k_parts), _added(v_parts)
+
+
+def _blocks(length: int, repeats: int) -> Iterator[tuple[slice, slice]]:
+    """The rows of each block of queries, so many a place, and the keys that some of them see."""
+    for start in range(0, length, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, length)
+        yield slice(start * repeats, end * repeats), slice(0, end)
+
+
+def _added(parts: list[Tensor]) -> Tensor:
+    """The sum of tensors (N, keys, head_dim), each a block longer than the one before."""
+    starts = [0, *(part.shape[1] for part in parts)]
+    sums = []
+    for i, part in enumerate(parts):
+        block = slice(starts[i], starts[i + 1])
+        total = _widened(part[:, block])
+        for longer in parts[i + 1 :]:
+            total = total + longer[:, block]
+        sums.append(total.to(part.dtype))
+    return torch.cat(sums, dim=1)
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def short(q: Tensor, k: Tensor) -> bool:

@@ -125,8 +125,9 @@ def _loss_and_error(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     sums = powers.sum(dim=-1, keepdim=True)
     chosen = wide.gather(-1, targets.clamp(min=0)[:, None])
     # softmax - one_hot(target), zero where nothing was asked
-    index = torch.arange(logits.shape[-1], device=logits.device)
-    error = torch.where(counted, powers / sums - (index == targets[:, None]).to(wide.dtype), 0)
+    index = torch.arange(logits.shape[-1], dtype=torch.int32, device=logits.device)
+    right = index == targets.to(torch.int32)[:, None]
+    error = torch.where(counted, powers * (1 / sums) - right.to(wide.dtype), 0)
     return torch.where(counted, sums.log() + highest - chosen, 0).sum(), error.to(logits.dtype)
 
 
