@@ -160,11 +160,9 @@ def practice(config: ThinkerConfig, settings: TrainConfig) -> Run:
 
 def trainer(run: Run) -> Callable[[], float]:
     """Steps of a run, one a call, with its optimiser and all: seconds of each. Compiled if the run decided so."""
-    import torch
+    from ..train.loop import compiled, take_step
 
-    from ..train.loop import take_step
-
-    module = torch.compile(run.module) if run.decisions.compile else run.module
+    module = compiled(run)
 
     def step() -> float:
         start = time.perf_counter()
