@@ -13,7 +13,7 @@ from torch import Tensor
 from thinker import moe
 from thinker.config import ThinkerConfig
 from thinker.model import ACTIVATIONS, MLP
-from thinker.moe import SPACING, MoE, choose, grouped_product, looped_product, spaced
+from thinker.moe import SPACING, MoE, arrange, choose, grouped_product, looped_product
 
 
 def mixture(experts: int = 8, chosen: int = 2, activation: str = "silu", **fields: int) -> MoE:
@@ -117,17 +117,19 @@ def test_grouped_product_equals_the_loop_gradients_too(counts: list[int], dtype:
         assert bool((weight_gradient == 0).all()) == (count == 0)
 
 
-def test_spaced_rows_keep_their_expert_and_their_order() -> None:
-    """Catches rows that land among another expert's, and sizes that aren't among the few."""
-    counts = torch.tensor([3, 0, SPACING + 6, SPACING, 1])
-    rows = torch.arange(1.0, int(counts.sum()) + 1)[:, None].expand(-1, 2)
-    room, wide, places = spaced(rows, counts)
-    assert wide.tolist() == [SPACING, 0, 2 * SPACING, SPACING, SPACING]
-    assert torch.equal(room[places], rows)
-    shares = room.split([*wide.tolist(), len(room) - int(wide.sum())])
-    for share, own in zip(shares, rows.split(counts.tolist()), strict=False):
-        assert torch.equal(share[: len(own)], own)
-        assert not share[len(own) :].any()
+@pytest.mark.parametrize("spacing", [1, 8])
+def test_pairs_are_arranged_by_expert_in_their_order(spacing: int) -> None:
+    """Catches rows that land among another expert's, sizes beyond the few, and pairs that are lost."""
+    chosen = torch.randint(4, (20, 2), generator=torch.Generator().manual_seed(3)) + torch.tensor(1)  # none for 0
+    places, sources, counts = arrange(chosen, 5, spacing)
+    assert torch.equal(sources[places], torch.arange(40))
+    assert all(count % spacing == 0 for count in counts.tolist())
+    assert len(sources) >= int(counts.sum())
+    for expert, share in enumerate(sources.split([*counts.tolist(), len(sources) - int(counts.sum())])[:-1]):
+        pairs = (chosen.flatten() == expert).nonzero().flatten()
+        assert torch.equal(share[: len(pairs)], pairs)
+        assert len(share) - len(pairs) < spacing
+        assert share[len(pairs) :].eq(40).all()
 
 
 @pytest.mark.parametrize("tokens", [9, 150])

@@ -13,10 +13,12 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .config import ThinkerConfig
 
 Activate = Callable[[Tensor], Tensor]
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 SPACING = 64  # rows
 
@@ -50,15 +52,12 @@ class MoE(nn.Module):
         router_logits = self.router(x)  # (B, T, E)
         flat = x.reshape(-1, x.shape[-1])  # (N, D)
         weights, chosen = choose(router_logits.reshape(len(flat), -1), self.chosen_per_token)  # (N, K), (N, K)
-
-        # Sort the N * K (token, expert) pairs by expert: pair p belongs to token p // K, and `order` puts pairs of the
-        # same expert side by side, in the order of their tokens.
-        order = chosen.flatten().argsort(stable=True)
-        counts = F.one_hot(chosen.flatten(), self.router.out_features).sum(dim=0)  # (E,)
-        rows = flat[order // self.chosen_per_token]  # (N * K, D)
-        answers = apply_experts(self.experts, rows, counts, self.activate)
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        answers = answers[back].view(*chosen.shape, -1)  # (N, K, D)
+        product, spacing, dtype = how(self.experts, flat)
+        places, sources, counts = arrange(chosen, self.router.out_features, spacing)
+        pairs = flat.to(dtype).repeat_interleave(self.chosen_per_token, dim=0)  # (N K, D), a token with each expert
+        rows = _Moved.apply(pairs, sources, places)
+        answers = apply_experts(self.experts, rows, counts, self.activate, product)
+        answers = _Moved.apply(answers, places, sources).view(*chosen.shape, -1)  # (N, K, D)
         mixed = (answers * weights.to(answers.dtype).unsqueeze(-1)).sum(dim=1)  # (N, D)
         return mixed.view_as(x), router_logits
 
@@ -69,33 +68,66 @@ def choose(router_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return best.softmax(dim=-1), chosen
 
 
-def apply_experts(experts: Experts, rows: Tensor, counts: Tensor, activate: Activate) -> Tensor:
-    """Each expert's SwiGLU on its share of rows (N * K, D), which are sorted by expert: (N * K, D)."""
-    dtype = torch.get_autocast_dtype(rows.device.type) if torch.is_autocast_enabled(rows.device.type) else rows.dtype
-    weights = (experts.gate_proj.to(dtype), experts.up_proj.to(dtype), experts.down_proj.to(dtype))
-    # The grouped product has no float64, and wants every row to fill whole 16 bytes.
-    fits = dtype != torch.float64 and all(weight.shape[-1] * weight.element_size() % 16 == 0 for weight in weights)
-    product = grouped_product if fits else looped_product
-    gate, up, down = weights
-    rows = rows.to(dtype)
-    spacing_pays = fits and rows.device.type == "cpu" and dtype != torch.float32
-    rows, counts, places = spaced(rows, counts) if spacing_pays else (rows, counts, None)
-    answers = product(activate(product(rows, gate, counts)) * product(rows, up, counts), down, counts)
-    return answers if places is None else answers[places]
-
-
-def spaced(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows (R, D) with zeros behind each expert's, so that it has a multiple of `SPACING`: with what is left at the end
-    (R + E * SPACING, D), new counts (E,), and where each row is now (R,).
+def how(experts: Experts, rows: Tensor) -> tuple[Product, int, torch.dtype]:
+    """What multiplies rows, what the sizes of groups are to be multiples of, and the type of it all.
 
     For products in narrow types on a processor oneDNN makes a program for every number of rows, which takes longer than
     to run it where that is fast (with AMX 2.6 times as long for a whole step). Few numbers come again and again.
     """
-    wide = (counts + SPACING - 1) // SPACING * SPACING
-    moved = (wide - counts).cumsum(dim=0) - (wide - counts)  # how far each expert's rows move
-    places = torch.arange(len(rows), device=rows.device) + moved.repeat_interleave(counts, output_size=len(rows))
-    room = rows.new_zeros(len(rows) + len(counts) * SPACING, rows.shape[1])
-    return room.index_copy(0, places, rows), wide, places
+    kind = rows.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
+    # The grouped product has no float64, and wants every row to fill whole 16 bytes.
+    widths = (experts.gate_proj.shape[-1], experts.down_proj.shape[-1])
+    if dtype == torch.float64 or any(width * dtype.itemsize % 16 for width in widths):
+        return looped_product, 1, dtype
+    return grouped_product, SPACING if kind == "cpu" and dtype.itemsize < 4 else 1, dtype
+
+
+def arrange(chosen: Tensor, experts: int, spacing: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each of the N K pairs of `chosen` (N, K) goes, so that those of an expert stand side by side in the order
+    of their tokens, (N K,); which pair each place holds, N K for none; and how many places each expert has, (E,).
+
+    Those are multiples of `spacing`, with as many places as that can take.
+    """
+    flat = chosen.flatten()
+    order = flat.argsort(stable=True)
+    counts = F.one_hot(flat, experts).sum(dim=0)
+    wide = (counts + spacing - 1) // spacing * spacing
+    gaps = (wide - counts).cumsum(dim=0) - (wide - counts)  # before each expert
+    sorted_places = torch.arange(len(flat), device=flat.device) + gaps[flat[order]]
+    places = torch.empty_like(order).scatter_(0, order, sorted_places)
+    room = len(flat) + (experts * spacing if spacing > 1 else 0)
+    return places, order.new_full((room,), len(flat)).scatter_(0, sorted_places, order), wide
+
+
+class _Moved(torch.autograd.Function):
+    """Rows of x (M, D) in another order, `at` (R,), zeros where that is M; `back` (M,) is where each has gone.
+
+    With both known, gradients are fetched as well, where autograd would add them up one after another.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, at: Tensor, back: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(back)
+        return _fetched(x, at)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+        (back,) = ctx.saved_tensors
+        return _fetched(upstream, back), None, None
+
+
+def _fetched(x: Tensor, at: Tensor) -> Tensor:
+    if len(at) <= len(x):  # no gaps
+        return x[at]
+    return torch.where((at < len(x))[:, None], x[at.clamp(max=len(x) - 1)], 0)
+
+
+def apply_experts(experts: Experts, rows: Tensor, counts: Tensor, activate: Activate, product: Product) -> Tensor:
+    """Each expert's SwiGLU on its share of rows (R, D), which are sorted by expert: (R, D)."""
+    gate, up, down = (w.to(rows.dtype) for w in (experts.gate_proj, experts.up_proj, experts.down_proj))
+    return product(activate(product(rows, gate, counts)) * product(rows, up, counts), down, counts)
 
 
 def grouped_product(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
