@@ -58,7 +58,7 @@ def plain(
         visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     if visible is not None:
         scores = scores.masked_fill(~visible, -torch.inf)
-    weights = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(dim=-1).to(q.dtype)
+    weights = _widened(scores).softmax(dim=-1).to(q.dtype)
     return weights @ v, weights
 
 
@@ -77,10 +77,10 @@ def blocked_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class _BlockedCausal(torch.autograd.Function):
-    """Of q (N, T R, head_dim), scaled, and k and v (N, T, head_dim).
+    """Of q (N, T R, head_dim), scaled, and k and v (N, T, head_dim): (N, T R, head_dim).
 
-    What a row's weights have to be divided by, their sum, divides the outputs instead (arXiv 2205.14135), as it does
-    the gradients on their way back: that leaves little to do for each score.
+    What a row's weights have to be divided by, their sum, divides its output instead (arXiv 2205.14135), and its
+    gradient on the way back: that leaves little to do for each score, which is what takes the time.
     """
 
     @staticmethod
@@ -89,9 +89,10 @@ class _BlockedCausal(torch.autograd.Function):
         outputs, sums, weights = [], [], []
         for rows, keys in _blocks(k.shape[1], R):
             scores = _widened(q[:, rows] @ k[:, keys].mT)  # (N, block R, keys)
-            own, others = (torch.arange(part.start, part.stop, device=q.device) for part in (rows, keys))
-            scores.masked_fill_(others.int() > (own // R).int()[:, None], -torch.inf)
+            row, key = (torch.arange(part.start, part.stop, device=q.device) for part in (rows, keys))
+            scores.masked_fill_(key.int() > (row // R).int()[:, None], -torch.inf)  # 32 bits compare faster
             weights.append(scores.sub_(scores.amax(dim=-1, keepdim=True)).exp_().to(q.dtype))
+            # Of the rounded weights, so that they add up to one; and an exponential that two read would be stored wide.
             sums.append(weights[-1].sum(dim=-1, keepdim=True, dtype=scores.dtype))
             outputs.append((weights[-1] @ v[:, keys] / sums[-1]).to(q.dtype))
         output = torch.cat(outputs, dim=1)
@@ -103,7 +104,7 @@ class _BlockedCausal(torch.autograd.Function):
     def backward(ctx, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
         q, k, v, output, sums, *weights = ctx.saved_tensors
         wide = _widened(upstream) / sums
-        # Of a row's weights and their gradients the sum of the products is that of its output and its gradient.
+        # What softmax takes off a row's gradients, the sum of weight times gradient, is that of output times gradient.
         inner, upstream = (wide * output).sum(dim=-1, keepdim=True), wide.to(q.dtype)
         blocks = list(_blocks(k.shape[1], q.shape[1] // k.shape[1]))
         q_grads, k_parts, v_parts = [], [], []
