@@ -52,7 +52,7 @@ class MoE(nn.Module):
         router_logits = self.router(x)  # (B, T, E)
         flat = x.reshape(-1, x.shape[-1])  # (N, D)
         weights, chosen = choose(router_logits.reshape(len(flat), -1), self.chosen_per_token)  # (N, K), (N, K)
-        product, spacing, dtype = how(self.experts, flat)
+        product, spacing, dtype = product_for(self.experts, flat)
         places, sources, counts = arrange(chosen, self.router.out_features, spacing)
         pairs = flat.to(dtype).repeat_interleave(self.chosen_per_token, dim=0)  # (N K, D), a token with each expert
         rows = _Moved.apply(pairs, sources, places)
@@ -68,8 +68,8 @@ def choose(router_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return best.softmax(dim=-1), chosen
 
 
-def how(experts: Experts, rows: Tensor) -> tuple[Product, int, torch.dtype]:
-    """What multiplies rows, what the sizes of groups are to be multiples of, and the type of it all.
+def product_for(experts: Experts, rows: Tensor) -> tuple[Product, int, torch.dtype]:
+    """What multiplies rows, of what the sizes of their groups are to be multiples, and in which type.
 
     For products in narrow types on a processor oneDNN makes a program for every number of rows, which takes longer than
     to run it where that is fast (with AMX 2.6 times as long for a whole step). Few numbers come again and again.
@@ -84,10 +84,10 @@ def how(experts: Experts, rows: Tensor) -> tuple[Product, int, torch.dtype]:
 
 
 def arrange(chosen: Tensor, experts: int, spacing: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each of the N K pairs of `chosen` (N, K) goes, so that those of an expert stand side by side in the order
-    of their tokens, (N K,); which pair each place holds, N K for none; and how many places each expert has, (E,).
+    """Sort the N K pairs of a token with one of its experts, `chosen` (N, K), by expert, and by token within one.
 
-    Those are multiples of `spacing`, with as many places as that can take.
+    The place of each pair, (N K,); the pair at each place, or N K at none, as many as there can be; and how many places
+    each expert has, (E,), multiples of `spacing`.
     """
     flat = chosen.flatten()
     order = flat.argsort(stable=True)
