@@ -174,10 +174,10 @@ def measured(plan: Plan, config: ThinkerConfig, settings: TrainConfig) -> Plan:
         run.step += 1
     rehearse(lambda: plan.run(small, one_row), steps=1)
     del run
-    size = program_size(plan.decisions.precision)
     gc.collect()
     trim()
-    return replace(plan, own=resident(), program=size)
+    own = resident()  # before programs are tried, which this process then keeps
+    return replace(plan, own=own, program=program_size(plan.decisions.precision))
 
 
 def program_size(precision: Precision) -> int:

@@ -115,13 +115,14 @@ class Ledger(TorchDispatchMode):
                 self.note(value)
 
     def _count_product(self, func: Any, args: Any) -> None:
-        """oneDNN keeps a program for every shape of a product in a narrow type."""
+        """oneDNN keeps a program for every shape of a product in a narrow type, whose factors torch copies where they
+        are neither whole nor whole when turned."""
         if func not in PRODUCTS or args[0].dtype not in (torch.bfloat16, torch.float16):
             return
         if func is aten._grouped_mm.default:
             self.grouped.add(tuple((x.shape, x.stride()) for x in args[:2]))
         else:
-            self.products.add((func, *((x.shape, x.stride()) for x in args[:2])))
+            self.products.add((func, *((x.shape, x.is_contiguous(), x.mT.is_contiguous()) for x in args[:2])))
 
     def note(self, tensor: Tensor) -> None:
         """Enter a tensor's storage, unless it is known."""
