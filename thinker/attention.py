@@ -106,7 +106,7 @@ class _BlockedCausal(torch.autograd.Function):
         wide = _widened(upstream) / sums
         # What softmax takes off a row's gradients, the sum of weight times gradient, is that of output times gradient.
         inner, upstream = (wide * output).sum(dim=-1, keepdim=True), wide.to(q.dtype)
-        blocks = list(_blocks(k.shape[1], q.shape[1] // k.shape[1]))
+        blocks = _blocks(k.shape[1], q.shape[1] // k.shape[1])
         q_grads, k_parts, v_parts = [], [], []
         for (rows, keys), part in zip(blocks, weights, strict=True):
             grads = _widened(upstream[:, rows] @ v[:, keys].mT).sub_(inner[:, rows])

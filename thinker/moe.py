@@ -96,7 +96,7 @@ def arrange(chosen: Tensor, experts: int, spacing: int) -> tuple[Tensor, Tensor,
     gaps = (wide - counts).cumsum(dim=0) - (wide - counts)  # before each expert
     sorted_places = torch.arange(len(flat), device=flat.device) + gaps[flat[order]]
     places = torch.empty_like(order).scatter_(0, order, sorted_places)
-    room = len(flat) + (experts * spacing if spacing > 1 else 0)
+    room = len(flat) + experts * (spacing - 1)
     return places, order.new_full((room,), len(flat)).scatter_(0, sorted_places, order), wide
 
 

@@ -26,7 +26,7 @@ from thinker.model import ThinkerLM
 from thinker.tokenizer import SMALLEST_VOCABULARY, Tokenizer
 from thinker.train.config import TrainConfig
 from thinker.train.decide import Decisions, Precision, versions
-from thinker.train.loop import compiled, take_step, warm_up
+from thinker.train.loop import step_module, take_step, warm_up
 from thinker.train.optim import rate
 from thinker.train.run import Run
 from thinker.train.start import assemble
@@ -101,7 +101,7 @@ def train(run: Run, name: str, looks: int = 1, sparse: int = SPARSE, keep_best: 
     """
     settings = run.settings
     best, state_of, state = math.inf, 0, {}
-    module = compiled(run)
+    module = step_module(run)
     seen: list[Look] = []
     if run.decisions.compile:
         warm_up(run, module)  # compiling is no learning
@@ -150,7 +150,7 @@ def seconds_in_turns(runs: Sequence[Run], rounds: int, steps: int) -> list[float
     taken: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds + 1):
         for times, run in zip(taken, runs, strict=True):
-            module = compiled(run)
+            module = step_module(run)
             start = clock()
             for _ in range(steps):
                 take_step(run, module, 0.1)

@@ -160,9 +160,9 @@ def practice(config: ThinkerConfig, settings: TrainConfig) -> Run:
 
 def trainer(run: Run) -> Callable[[], float]:
     """Steps of a run, one a call, with its optimiser and all: seconds of each. Compiled if the run decided so."""
-    from ..train.loop import compiled, take_step
+    from ..train.loop import step_module, take_step
 
-    module = compiled(run)
+    module = step_module(run)
 
     def step() -> float:
         start = time.perf_counter()

@@ -99,22 +99,22 @@ def fit(run: Run, watcher: Watcher) -> int | None:
     Raises `Diverged` without saving what has become useless.
     """
     settings = run.settings
-    step_module = compiled(run)
+    module = step_module(run)
     saved = validated = run.seconds
     rows = _micro_rows(run)
     with until_interrupted() as interruption:
         if run.decisions.compile:
             watcher.compiling(run)
-            warm_up(run, step_module)
+            warm_up(run, module)
         while (progress := run.progress()) < 1 and interruption.signal is None and not run.overfits:
             if run.decisions.compile and _micro_rows(run) != rows:  # a ramp's next stage
                 rows = _micro_rows(run)
                 torch.compiler.reset()  # A process that resumes compiles for the new shape alone, and so must this one.
-                warm_up(run, step_module)
+                warm_up(run, module)
             start = time.perf_counter()
             share = rate(progress, schedule=settings.schedule, warmup=settings.warmup, cooldown=settings.cooldown)
             tokens = run.batches.tokens_in(run.step)
-            loss, balance, norm = take_step(run, step_module, share, watcher.out_of_memory)
+            loss, balance, norm = take_step(run, module, share, watcher.out_of_memory)
             elapsed = time.perf_counter() - start
             rows = _micro_rows(run)  # memory may have run out
             run.count(tokens, elapsed)
@@ -140,7 +140,7 @@ def fit(run: Run, watcher: Watcher) -> int | None:
     return interruption.signal
 
 
-def compiled(run: Run) -> Callable[..., LossParts]:
+def step_module(run: Run) -> Callable[..., LossParts]:
     """What a step calls: the module, compiled if that was decided."""
     if not run.decisions.compile:
         return run.module
