@@ -458,12 +458,37 @@ if child == 0:
 assert os.waitpid(child, 0)[1] == 0
 """
 
+INTERRUPT = """
+import time
+def trace_until(moments):
+    def trace(frame, event, argument):
+        nonlocal moments
+        if frame.f_code.co_filename.endswith("team.py"):
+            moments -= 1
+            if not moments:
+                raise KeyboardInterrupt
+            return trace
+    return trace
+for moments in range(1, 10):
+    time.sleep(0.05)  # so that all helpers sleep
+    decoder.truncate(0, 0)
+    sys.settrace(trace_until(moments))
+    try:
+        decoder.prefill(0, tokens)
+    except KeyboardInterrupt:
+        pass
+    sys.settrace(None)
+    decoder.truncate(0, 0)
+    assert decoder.prefill(0, tokens).sum() == before
+"""
+
 
 @pytest.mark.parametrize(
-    ("body", "layer"), [("", "workqueue"), (FORK, "omp"), (FORK, "workqueue"), ("open('/dev/null')", "default")]
+    ("body", "layer"), [("", "workqueue"), (FORK, "omp"), (FORK, "workqueue"), (INTERRUPT, "default")]
 )
-def test_threads_end_with_the_process_and_outlive_a_fork(body, layer):
-    """Bug: the process hangs at its end, a forked child waits for threads that it lacks, or a thread layer aborts."""
+def test_threads_end_with_the_process_and_outlive_forks_and_interrupts(body, layer):
+    """Bug: the process hangs at its end, a forked child waits for threads that it lacks, or a thread layer aborts; or
+    a helper that was given work but not woken, since Ctrl-C came in between, is waited for without end."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM.format(tests=os.path.dirname(__file__), body=body)],
         env=os.environ | {"NUMBA_THREADING_LAYER": layer},

@@ -1,8 +1,8 @@
-"""How threads meet inside compiled code: atomic words, a spinning barrier, and leaving Python's lock.
+"""How threads meet inside compiled code: atomic words, a spinning barrier, bells, and leaving Python's lock.
 
 One token has some twenty meetings with a few microseconds' work between them. To be woken by the operating system, or a
 parallel loop of Numba's, costs as much as that work; watching a word in the other core's cache costs a tenth of a
-microsecond. Who the threads are and when they sleep is `team.py`'s business.
+microsecond. Who the threads are is `team.py`'s business, when they sleep that of `member.py`.
 """
 
 from __future__ import annotations
@@ -104,6 +104,34 @@ def enter_python(typing, state):  # type: ignore[no-untyped-def]
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         context.get_python_api(builder).restore_thread(builder.inttoptr(arguments[0], ir.IntType(8).as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
+def ring(typing, bell):  # type: ignore[no-untyped-def]
+    """Wake who sleeps on a bell, one of Python's locks (`team.py`); nobody needs Python's big one for it."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        lock = builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+        function = ir.FunctionType(ir.VoidType(), [lock.type])
+        builder.call(cgutils.get_or_insert_function(builder.module, function, "PyThread_release_lock"), [lock])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
+def await_ring(typing, bell):  # type: ignore[no-untyped-def]
+    """Sleep until the bell rings, or not at all if it has rung since it was awaited last."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        lock = builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+        number = ir.IntType(32)
+        function = ir.FunctionType(number, [lock.type, number])
+        take = cgutils.get_or_insert_function(builder.module, function, "PyThread_acquire_lock")
+        builder.call(take, [lock, number(1)])
         return context.get_dummy_value()
 
     return types.void(types.int64), generate

@@ -11,5 +11,5 @@ from ...compiled.library import Kernel
 from ...sampling import KERNELS
 
 SOURCES = [KERNELS, *Path(__file__).parent.glob("*.py")]
-member = Kernel("thinker.decode.native.member", "member", 4, SOURCES)
+member = Kernel("thinker.decode.native.member", "member", 3, SOURCES)
 product = Kernel("thinker.decode.native.product", "product", 16, SOURCES)

@@ -31,6 +31,8 @@ PIECES = FETCHED // PIECE  # of them that a thread lists for one layer
 MANY_ROWS = 8  # from here on products are long enough for meetings, and for memory to bring something meanwhile
 SHORT = 1 << 18  # bytes of one head's keys that are allotted at once, however few come
 STRIDE = 16  # words from one thread's to the next: two cache lines, as processors fetch them in pairs
+STATE, BELL = 1, 2  # which of a thread's words says how it is, and where the bell is that wakes it; 0 counts meetings
+ASLEEP, READY, BUSY, ENDED = range(4)  # how a helper is
 FLOAT32, Q8, FLOAT16 = range(3)  # what the panels of a product are made of
 ACTIVATIONS = ("silu", "gelu", "relu", "relu2")
 

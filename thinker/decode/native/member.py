@@ -1,6 +1,6 @@
 """The one compiled function that all threads of a decoder are in: how they get a job, do it, and wait for the next.
 
-Which Python threads these are, and how they are woken once they sleep, is `team.py`'s business.
+Which Python threads these are, how they begin and when they end, is `team.py`'s business.
 """
 
 # n rows of a job, V vocab_size
@@ -11,55 +11,60 @@ from numba import from_dtype, njit
 
 from ...compiled.memory import doubles, floats, integers, marks, unsigned, view_of, words
 from ...sampling_kernels import draw_one
-from .atomics import PATIENCE, barrier, enter_python, exchange, give_way, leave_python, load, pause, store
+from .atomics import (
+    PATIENCE,
+    await_ring,
+    barrier,
+    enter_python,
+    exchange,
+    give_way,
+    leave_python,
+    load,
+    pause,
+    ring,
+    store,
+)
 from .forward import embed, forward
-from .layout import JOB, SHAPE, STRIDE
+from .layout import ASLEEP, BELL, BUSY, ENDED, JOB, READY, SHAPE, STATE, STRIDE
 from .shares import share
 
-STATE = 1  # which of a thread's words says how it is
-ASLEEP, READY, BUSY = range(3)
 LOOKS = 50_000  # how often an idle helper looks for work before it sleeps, a few milliseconds
 
 shapes, jobs = view_of(from_dtype(SHAPE)), view_of(from_dtype(JOB))
 
 
-def member(me, shape, job, called):  # type: ignore[no-untyped-def]
-    """As thread 0: do the job with the others; or, if some of them sleep, the set of them (a bit each), to be woken.
-
-    They know then that there is work, and thread 0 comes again with `called`. As another: work until there has been
-    none for a while.
-    """
+def member(me, shape, job):  # type: ignore[no-untyped-def]
+    """As thread 0: do the job with the others. As another: do its part of every job, until the team ends."""
     s, job = shapes(shape, 0, 1)[0], jobs(job, 0, 1)[0]
-    if me == 0 and not called:
-        asleep = call_up(s, job.threads)
-        if asleep:
-            return asleep
-        perform(me, s, job)
-        wait_for_others(s, job.threads)
-        return 0
-    state = leave_python()  # who sleeps needs Python's lock to wake, and who works has no use for it
     if me == 0:
-        perform(me, s, job)
-        wait_for_others(s, job.threads)
+        if call_up(s, job.threads):
+            state = leave_python()  # a helper that is only being started needs Python's lock to come here
+            perform(me, s, job)
+            wait_for_others(s, job.threads)
+            enter_python(state)
+        else:
+            perform(me, s, job)
+            wait_for_others(s, job.threads)
     else:
+        state = leave_python()
         while wait_for_work(me, s):
             perform(me, s, job)
             store(s.sync, me * STRIDE + STATE, READY)
-    enter_python(state)
+        enter_python(state)
     return 0
 
 
 @njit(error_model="numpy")
 def call_up(s, threads):  # type: ignore[no-untyped-def]
-    """Give every helper the job: the set of those that sleep."""
-    asleep = 0
+    """Give every helper the job: whether one of them slept."""
+    slept = False
     for other in range(1, threads):
         store(s.sync, other * STRIDE, load(s.sync, 0))  # they count meetings from here, as thread 0 does
         if not exchange(s.sync, other * STRIDE + STATE, READY, BUSY):
-            # Marked before it is woken, it can't fall asleep again in between, however long that takes.
             store(s.sync, other * STRIDE + STATE, BUSY)
-            asleep |= 1 << other
-    return asleep
+            ring(load(s.sync, other * STRIDE + BELL))
+            slept = True
+    return slept
 
 
 @njit(error_model="numpy")
@@ -76,14 +81,16 @@ def wait_for_others(s, threads):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def wait_for_work(me, s):  # type: ignore[no-untyped-def]
-    """Watch for a job: whether there is one, before it is time to sleep."""
+    """Watch for a job, or sleep when there has been none for a while: whether there is one, or else the team's end."""
     looks = 0
-    while load(s.sync, me * STRIDE + STATE) != BUSY:
+    while True:
+        state = load(s.sync, me * STRIDE + STATE)
+        if state in (BUSY, ENDED):
+            return state == BUSY
         looks += 1
-        if looks >= LOOKS and exchange(s.sync, me * STRIDE + STATE, READY, ASLEEP):
-            return False
+        if state == ASLEEP or (looks >= LOOKS and exchange(s.sync, me * STRIDE + STATE, READY, ASLEEP)):
+            await_ring(load(s.sync, me * STRIDE + BELL))
         pause()
-    return True
 
 
 @njit(error_model="numpy", inline="always")
