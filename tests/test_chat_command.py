@@ -138,8 +138,9 @@ def test_system_reset_and_save(tmp_path):
     from thinker.data.chats import ChatFiles
 
     assert [list(one.messages) for one in ChatFiles([str(path)]).everything()] == [first, second]
-    with pytest.raises(ValueError, match="can't be written"):
-        conversation.save(tmp_path)
+    for path in (tmp_path, Path("~nobody/talk.jsonl")):
+        with pytest.raises(ValueError, match="can't be written"):
+            conversation.save(path)
 
 
 def test_a_template_without_system_messages_refuses_one_at_once():

@@ -269,6 +269,7 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "nothing").mkdir()
     for value, reason in {
         str(tmp_path / "missing.txt"): "no such file or folder",
+        "~nobody/missing.txt": "no such file or folder",
         str(tmp_path / "nothing"): "no text in this folder",
         str(write(tmp_path / "empty.txt", "")): "the file is empty",
         "wikitext2": "for thinker eval only; to train, choose among stdlib",

@@ -15,6 +15,7 @@ from typing import Any
 from ..llm import LLM, Notice
 from ..llm import Options as Writing
 from ..messages import text_of
+from ..places import expand_home
 
 Said = dict[str, Any]
 Content = str | list[Said]
@@ -46,7 +47,7 @@ class Conversation:
         """Have a picture or a sound go with the next message. Raises `ValueError` for one that can't be used."""
         from ..modality.media import attachment
 
-        part = attachment(file.expanduser().resolve())  # so that a saved conversation finds it from anywhere
+        part = attachment(expand_home(file).resolve())  # so that a saved conversation finds it from anywhere
         self._llm.prompt_length([{"role": "user", "content": [part]}])
         self._attached.append(part)
 
@@ -63,7 +64,7 @@ class Conversation:
             raise ValueError("nothing has been said yet, so there is nothing to save")
         line = json.dumps({"messages": self._messages(0)}, ensure_ascii=False)
         try:
-            with path.expanduser().open("a", encoding="utf-8") as file:
+            with expand_home(path).open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except OSError as error:
             raise ValueError(f"{path}: can't be written ({error.strerror})") from None

@@ -21,6 +21,7 @@ from typing import Any
 
 from ..messages import Message, check_messages, media_parts, text_of
 from ..modality.media import Medium, medium_of
+from ..places import expand_home
 from .digits import DIGIT_SETS, DigitSet
 from .named import TRAINING_SETS
 from .questions import CHAT_SETS, StandardLibraryQuestions
@@ -234,7 +235,7 @@ class ChatFiles(ChatSource):
         self.name = ", ".join(values)
         found: dict[Path, None] = {}
         for value in values:
-            path = Path(value).expanduser()
+            path = expand_home(value)
             inside = list(files_below(path, CHAT_SUFFIXES).values()) if path.is_dir() else [path]
             if not inside:
                 raise ValueError(f"{value}: no .jsonl file in this folder: conversations are read from such")

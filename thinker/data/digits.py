@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from ..messages import Message, Part
-from ..places import cache_folder
+from ..places import cache_folder, expand_home
 from . import store
 from .progress import byte_bar
 from .split import Split
@@ -102,7 +102,7 @@ def _fetched() -> bytes:
     """The archive: in THINKER_DATA, else in the cache, else downloaded there."""
     places = [cache_folder() / "sets" / FSDD_FILE]
     if folder := os.environ.get("THINKER_DATA"):
-        places.insert(0, Path(folder).expanduser() / FSDD_FILE)
+        places.insert(0, expand_home(folder) / FSDD_FILE)
     if found := next((place for place in places if place.is_file()), None):
         return found.read_bytes()
     try:

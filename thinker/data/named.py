@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..places import cache_folder
+from ..places import cache_folder, expand_home
 from .progress import byte_bar
 from .reading import Document, documents_of, file_state, files_below, text_document
 from .split import Source, Split, held_out
@@ -77,7 +77,7 @@ class NamedSet(Source):
         """The verified file: in THINKER_DATA, else in the cache, else downloaded there."""
         places = [cache_folder() / "sets" / self.file]
         if folder := os.environ.get("THINKER_DATA"):
-            places.insert(0, Path(folder).expanduser() / self.file)
+            places.insert(0, expand_home(folder) / self.file)
         for place in places:
             if place.is_file():
                 if hashlib.sha256(place.read_bytes()).hexdigest() != self.sha256:

@@ -22,7 +22,7 @@ import numpy as np
 import tokenizers
 from rich.console import Console
 
-from ..places import cache_folder
+from ..places import cache_folder, expand_home
 from ..tokenizer import KINDS, Tokenizer
 from . import store
 from .batches import Batches, Windows
@@ -188,7 +188,7 @@ def tokenizer_for(texts: Texts, state: list[Any], wanted: Tokenizer | str, vocab
     if isinstance(wanted, Tokenizer):
         return wanted
     if wanted not in KINDS:
-        return Tokenizer.from_file(Path(wanted).expanduser(), complete=True)
+        return Tokenizer.from_file(expand_home(wanted), complete=True)
     tokenizer = _trained(texts, state, wanted, vocab_size, cache_folder() / "tokenizers")
     if tokenizer.vocab_size < vocab_size:
         say(f"{texts.name}: the text yields {tokenizer.vocab_size:,} tokens, not the {vocab_size:,} allowed")

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..places import expand_home
 from .digits import DIGIT_SETS
 from .named import EVALUATION_SETS, TRAINING_SETS
 from .questions import CHAT_SETS
@@ -90,7 +91,7 @@ class Files(OwnText):
         self.name = ", ".join(values)
         found: dict[Path, str] = {}  # path to key, each file once
         for value in values:
-            path = Path(value).expanduser()
+            path = expand_home(value)
             if path.is_dir():
                 inside = files_below(path, TEXT_SUFFIXES | ROW_SUFFIXES)
                 if not inside:

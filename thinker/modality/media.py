@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..messages import Part, file_of
+from ..places import expand_home
 from .settings import FeatureConfig, Kind, PictureConfig, SensesConfig, SoundConfig
 
 FEATURE_SUFFIXES = frozenset({".npy", ".safetensors"})
@@ -164,7 +165,7 @@ def medium_of(part: Part, folder: Path | None = None) -> Medium:
         return _from_uri(kind, given)
     if "://" in given:
         raise ValueError(f"{given[:80]}: nothing is fetched from the network: download it and give the file")
-    path = Path(given).expanduser()
+    path = expand_home(given)
     return Medium(kind, given, path if folder is None or path.is_absolute() else folder / path)
 
 
