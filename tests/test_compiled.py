@@ -1,5 +1,6 @@
 """Kernels on disk: compiled once, loaded without Numba, never run when damaged or out of date."""
 
+import errno
 import subprocess
 import sys
 import threading
@@ -67,7 +68,8 @@ def test_damaged_code_is_never_run(kernel, tmp_path):
     whole = file.read_bytes()
     flipped = bytearray(whole)
     flipped[-100] ^= 1
-    for damaged in (b"", b"{}", b"no json\n", whole[: len(whole) // 2], bytes(flipped)):
+    renamed = whole.replace(b'"symbol": "', b'"symbol": "x')
+    for damaged in (b"", b"{}", b"no json\n", whole[: len(whole) // 2], bytes(flipped), renamed):
         with pytest.raises(ValueError):
             unpack(damaged)
         file.write_bytes(damaged)
@@ -81,6 +83,19 @@ def test_a_folder_that_cannot_be_written_is_no_hindrance(kernel, tmp_path, monke
     (tmp_path / "a_file").write_text("")
     monkeypatch.setenv("THINKER_CACHE", str(tmp_path / "a_file"))
     assert answer(kernel())[0] == 120
+
+
+def test_a_full_disk_is_not_filled_further(kernel, tmp_path, monkeypatch):
+    """Bug: every start leaves another half file, which nobody removes."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(library.os, "replace", full)
+    one = kernel()
+    assert answer(one)[0] == 120
+    assert not one.is_kept
+    assert list((tmp_path / "cache" / "kernels").iterdir()) == []
 
 
 def test_threads_that_begin_together_share_one_kernel(kernel, monkeypatch):

@@ -53,7 +53,7 @@ class Kernel:
                 self._engine, self._address = load(*self._code())
             return self._address
 
-    @cached_property
+    @property
     def is_kept(self) -> bool:
         """Whether it has been compiled before."""
         return self._file.exists()
@@ -80,10 +80,7 @@ class Kernel:
         function = getattr(importlib.import_module(self.module), self.name)
         symbol, code = compile_kernel(function, self.arguments)
         with contextlib.suppress(OSError):
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self._file.parent, delete=False) as file:
-                file.write(pack(symbol, code))
-            os.replace(file.name, self._file)
+            keep(self._file, pack(symbol, code))
         return symbol, code
 
 
@@ -109,6 +106,19 @@ def compile_kernel(function: Callable[..., Any], arguments: int) -> tuple[str, b
     return result.fndesc.llvm_func_name, code
 
 
+def keep(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.replace(file.name, path)
+        except OSError:
+            os.unlink(file.name)
+            raise
+
+
 def load(symbol: str, code: bytes) -> tuple[binding.ExecutionEngine, int]:
     """Link an object file into this process: what keeps it there, and the symbol's address."""
     binding.initialize_native_target()
@@ -122,7 +132,7 @@ def load(symbol: str, code: bytes) -> tuple[binding.ExecutionEngine, int]:
 
 def pack(symbol: str, code: bytes) -> bytes:
     """A file: one line of JSON, then the object file."""
-    head = {"symbol": symbol, "sha256": hashlib.sha256(code).hexdigest()}
+    head = {"symbol": symbol, "sha256": checksum(symbol, code)}
     return json.dumps(head).encode() + b"\n" + code
 
 
@@ -130,6 +140,12 @@ def unpack(content: bytes) -> tuple[str, bytes]:
     """Back again. Raises `ValueError` for a file that was damaged: code is run only as it was written."""
     line, _, code = content.partition(b"\n")
     head = json.loads(line)
-    if not isinstance(head, dict) or head.get("sha256") != hashlib.sha256(code).hexdigest():
+    symbol = head.get("symbol") if isinstance(head, dict) else None
+    if not isinstance(symbol, str) or head["sha256"] != checksum(symbol, code):
         raise ValueError("the kernel on disk is damaged")
-    return head["symbol"], code
+    return symbol, code
+
+
+def checksum(symbol: str, code: bytes) -> str:
+    """Of both: a call by a wrong name would go anywhere."""
+    return hashlib.sha256(symbol.encode() + code).hexdigest()
