@@ -361,6 +361,36 @@ def test_a_newer_text_takes_the_slots_and_the_older_one_says_so():
         list(older)
 
 
+def test_an_interrupted_prompt_is_not_taken_for_the_one_before():
+    """Catches a slot with another text's first tokens, just as many as the text before had, which is gone on from."""
+
+    class Interruptible(Scripted):
+        def prefill(self, slot, tokens=None, embeddings=None, *, every=False):
+            if len(tokens) > 11:
+                super().prefill(slot, tokens[:5])
+                raise KeyboardInterrupt
+            return super().prefill(slot, tokens)
+
+    engine = Engine(Interruptible("abc"), BYTES)
+    results_of(engine, request("hello", max_new_tokens=1), reuse=True)
+    with pytest.raises(KeyboardInterrupt):
+        results_of(engine, request("another prompt", max_new_tokens=1), reuse=True)
+    (result,) = results_of(engine, request("hello there", max_new_tokens=3), reuse=True)
+    assert (result.text, result.reused_tokens) == ("abc", 0)
+
+
+def test_a_decoder_that_was_lent_is_begun_anew():
+    """Catches a text that goes on in a slot that something else has used meanwhile."""
+    engine = Engine(Scripted("abc"), BYTES)
+    older = engine.run([request(max_new_tokens=50)])
+    next(older)
+    engine.lend()
+    with pytest.raises(ValueError, match="interrupted by a newer one"):
+        next(older)
+    (result,) = results_of(engine, request("hello", max_new_tokens=3), reuse=True)
+    assert result.reused_tokens == 0
+
+
 def test_a_decoder_that_fails_midway_leaves_nothing_half_known():
     """Catches the memory of a call that was interrupted, taken for what the slot holds."""
     decoder = Scripted("abc")

@@ -369,6 +369,26 @@ def test_evaluation_computes_as_the_model_speaks(folder, llm):
     assert slow.loss == pytest.approx(fast.loss, rel=1e-5)
 
 
+def test_evaluation_between_two_pieces_spoils_no_text(folder):
+    """Catches a stream that goes on in a slot that evaluation has used."""
+    llm = load(folder, backend="native", slots=1)
+    whole = llm.generate("Once upon", max_new_tokens=20, ignore_eos=True)
+    stream = llm.stream("Once upon", max_new_tokens=20, ignore_eos=True)
+    next(stream)
+    llm.evaluate(["there was a small model that wrote a story"])
+    with pytest.raises(ValueError, match="interrupted by a newer one"):
+        next(stream)
+    assert llm.generate("Once upon", max_new_tokens=20, ignore_eos=True) == whole
+
+
+def test_a_first_text_in_inference_mode_is_not_the_last(folder):
+    """Catches memory that only the first call may write into."""
+    llm = load(folder, backend="torch")
+    with torch.inference_mode():
+        text = llm.generate("a small", max_new_tokens=9)
+    assert llm.generate("a small", max_new_tokens=9) == text
+
+
 def test_native_speaking_imports_no_torch(folder):
     """Catches the five seconds that importing torch takes, before the first token; and the senses' share of them."""
     script = (

@@ -211,6 +211,11 @@ class Engine:
         self._turn += 1
         return self._pieces(requests, reuse, self._turn)
 
+    def lend(self) -> None:
+        """Give the decoder to somebody else: unfinished texts raise `ValueError`, and what slots held is forgotten."""
+        self._turn += 1
+        self._held = [[] for _ in self._held]
+
     def _pieces(self, requests: Sequence[Request], reuse: bool, turn: int) -> Iterator[Piece]:
         waiting = deque(enumerate(requests))
         running: dict[int, _Running] = {}
@@ -251,6 +256,7 @@ class Engine:
         slot = max(free, key=lambda slot: shared[slot])
         reused = shared[slot]
         self.decoder.truncate(slot, reused)
+        del self._held[slot][reused:]  # so that an interrupted prompt isn't taken for the one before
         if request.embeddings is None:
             logits = self.decoder.prefill(slot, request.tokens[reused:])
             self._held[slot] = list(request.tokens)

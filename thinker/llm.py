@@ -23,6 +23,7 @@ from .evaluate import Evaluation, Progress, evaluate
 from .formats import ModelFiles, Q8Tensor, open_model
 from .generate import Engine, Generation, Piece, Request
 from .messages import Message, check_messages, media_parts
+from .places import cache_folder
 from .sampling import Sampling
 from .tokenizer import Tokenizer
 
@@ -159,8 +160,9 @@ class LLM:
 
         from .model import ThinkerLM
 
-        model = ThinkerLM(self.config)
-        load_parameters(model, self.files.tensors)
+        with torch.inference_mode(False):  # whatever the first call stands in
+            model = ThinkerLM(self.config)
+            load_parameters(model, self.files.tensors)
         dtype = "float32" if self._dtype in (None, "int8") else self._dtype
         device = "cuda" if self._in_torch and torch.cuda.is_available() else "cpu"
         return model.to(device, getattr(torch, str(dtype))).eval()
@@ -186,18 +188,22 @@ class LLM:
         from .decode.native import NativeUnavailable, open_native
         from .decode.native.kernels import member
 
-        if sys.stderr.isatty() and not member.is_kept:
+        kept = member.is_kept
+        if not kept and sys.stderr is not None and sys.stderr.isatty():
             print("compiling the kernels for this processor, some 20 seconds, once", file=sys.stderr)
         quantised = self.files.dtype not in get_args(TorchType)
         int8 = self._dtype == "int8" or (self._dtype is None and quantised)
         try:
-            return open_native(self.files, self._slots, "int8" if int8 else "float32")
+            decoder = open_native(self.files, self._slots, "int8" if int8 else "float32")
         except NativeUnavailable as error:
             line = " ".join(str(error).split())
             if self._backend == "native" or self._dtype == "int8":
                 raise ValueError(f"{line}: use backend torch, in another type than int8") from error
             self._notice(f"computing in torch: {line}")
             return None
+        if not kept and not member.is_kept:
+            self._notice(f"kernels can't be kept in {cache_folder()}, so every start compiles them: make room there")
+        return decoder
 
     @functools.cached_property
     def engine(self) -> Engine:
@@ -337,7 +343,12 @@ class LLM:
         progress: Progress | None = None,
     ) -> Evaluation:
         """Loss, perplexity and bits per byte of texts, computed as the model speaks: see `evaluate.evaluate`."""
-        model = self._native if self._native is not None else self.model
+        model: Decoder | ThinkerLM
+        if self._native is None:
+            model = self.model
+        else:
+            model = self._native
+            self.engine.lend()
         return evaluate(model, self.tokenizer, documents, stride, batch, progress, self.files.bos_id)
 
     def encode(self, prompt: str) -> tuple[int, ...]:

@@ -120,7 +120,8 @@ class TorchDecoder(Decoder):
 
     def _empty(self, rows: int) -> KVCache:
         weight = self.model.head.weight
-        return KVCache.empty(self.config, rows, device=weight.device, dtype=weight.dtype)
+        with torch.inference_mode(False):  # later calls may stand outside of what the first one stands in
+            return KVCache.empty(self.config, rows, device=weight.device, dtype=weight.dtype)
 
     def _reserve(self, rows: int) -> None:
         """Make room for the first `rows` slots: memory is taken when a slot is first used, a long context is dear."""
