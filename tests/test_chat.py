@@ -288,6 +288,7 @@ def test_a_reply_comes_back_as_the_message_it_was():
     [
         ([], "at least one"),
         ("Hello", "give a list"),
+        (iter([{"role": "user", "content": "x"}]), "give a list"),
         ({"role": "user", "content": "x"}, "give a list"),
         (["Hello"], "message 1 is 'Hello'"),
         ([{"role": "user"}], "message 1 has content None"),

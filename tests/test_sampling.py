@@ -149,6 +149,7 @@ def test_impossible_logits():
         ("min_p", -0.1),
         ("min_p", 2.0),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-40),
         ("seed", -1),
         ("seed", 1 << 64),
     ],

@@ -40,7 +40,7 @@ def file_of(part: Part) -> str:
 
 def check_messages(messages: Sequence[Message]) -> None:
     """Raise `ValueError` that says which message is none, and why."""
-    if isinstance(messages, str | Mapping) or not messages:
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError('messages: give a list of at least one {"role": …, "content": …}')
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, Mapping):

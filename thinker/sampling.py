@@ -17,6 +17,8 @@ from numpy.typing import ArrayLike
 
 from .compiled.library import Kernel
 
+MOST_PENALTY = 1e9  # beyond, scores leave float32
+
 # Columns of the table of settings, one row a slot.
 TEMPERATURE, TOP_K, TOP_P, MIN_P, PENALTY, TEMPERATURE_LAST = range(6)
 # Columns of the table of keys: what one draw's random number depends on.
@@ -56,8 +58,9 @@ class Sampling:
             raise ValueError(f"top_p is {self.top_p}: choose a number above 0, up to 1 (off)")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p is {self.min_p}: choose a number from 0 (off) to 1")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty is {self.repetition_penalty}: choose a positive number, 1 is off")
+        if not 1 / MOST_PENALTY <= self.repetition_penalty <= MOST_PENALTY:
+            some = f"{1 / MOST_PENALTY:g} to {MOST_PENALTY:g}"
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}: choose {some}, 1 is off")
         if not 0 <= self.seed < 1 << 64:
             raise ValueError(f"seed is {self.seed}: choose a number from 0 to 2^64 - 1")
 
