@@ -56,6 +56,7 @@ def test_a_run_leaves_metrics_a_picture_and_a_report(settings):
     assert [row["step"] for row in rows if "held_out_loss" in row] == [1, 2, 3, 4]
     assert rows == reporter.rows
     assert (run.folder / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert all(len(text) > 20 for text in report["continuations"]), "a context of 32 tokens leaves room to go on in"
     assert report["held_out_bytes"] == run.corpus.valid_bytes
     assert report["steps"] == 4
     text = shown.file.getvalue()
@@ -118,3 +119,9 @@ def test_texts_in_one_line_and_beginnings():
     long = "word " * 40
     assert long.startswith(beginning(long))
     assert not beginning(long).endswith(" ")
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_before_training(settings):
+    """Bug: the first look, minutes later, ends the run."""
+    with pytest.raises(ValueError, match=r"prompt: has \d+ tokens, which leaves no room in ctx_len 32"):
+        begin(ARCHITECTURE, settings.changed(prompt="line 9 has 4 words\n" * 9), set(), lambda line: None)

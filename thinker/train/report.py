@@ -162,14 +162,21 @@ def look(run: Run) -> str:
             asked = run.corpus.chat_format.encode([{"role": "user", "content": run.settings.prompt}])
             exchange = Exchange(tuple(asked), reply=())
         return f"{question(run, exchange)} {replies(run, [exchange])[0]}"
-    return sample(run, opening(run.settings.prompt, run.corpus), seed=run.step)
+    return sample(run, opening(run, run.corpus), seed=run.step)
 
 
-def opening(prompt: str | None, corpus: Corpus) -> str:
+def opening(run: Run, corpus: Corpus) -> str:
     """What the samples along the way go on from: what was asked for, or the beginning of the held-out text."""
-    if prompt is not None:
-        return prompt
-    return next(corpus.valid_text())[:160].decode("utf-8", errors="ignore").split("\n")[0][:40].rstrip(" ")
+    if run.settings.prompt is not None:
+        return run.settings.prompt
+    text = next(corpus.valid_text())[:160].decode("utf-8", errors="ignore").split("\n")[0][:40].rstrip(" ")
+    return fitting(run, text)
+
+
+def fitting(run: Run, text: str) -> str:
+    """As much of the beginning of a text as leaves half of the context to go on in."""
+    ids, room = run.tokenizer.encode(text), run.config.ctx_len // 2
+    return text if len(ids) <= room else run.tokenizer.decode(ids[:room]).rstrip("\N{REPLACEMENT CHARACTER}")
 
 
 def one_line(text: str) -> str:

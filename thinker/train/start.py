@@ -101,6 +101,16 @@ def expected_steps(settings: TrainConfig, decisions: Decisions) -> float:
     return max(1.0, seconds / decisions.seconds_per_step * (COMPILED_GAIN if decisions.compile else 1.0))
 
 
+def check_prompt(prompt: str, corpus: Corpus | ChatCorpus, ctx_len: int) -> None:
+    """Raise `ValueError` if the samples along the way can't go on from it: then none shall be waited for."""
+    if isinstance(corpus, ChatCorpus):
+        length = len(corpus.chat_format.encode([{"role": "user", "content": prompt}]))
+    else:
+        length = len(corpus.tokenizer.encode(prompt)) + (corpus.tokenizer.bos_id is not None)
+    if length >= ctx_len:
+        raise ValueError(f"prompt: has {length} tokens, which leaves no room in ctx_len {ctx_len}: shorten it")
+
+
 def set_dropout(model: ThinkerLM, config: ThinkerConfig) -> None:
     """Give a model the dropout of a configuration that is otherwise its own: it is chosen after the probe."""
     model.config = config
@@ -175,6 +185,8 @@ def assemble(
 ) -> Run:
     """A run at step 0 from its parts."""
     keep_freed_memory()
+    if settings.prompt is not None:
+        check_prompt(settings.prompt, corpus, config.ctx_len)
     if settings.checkpoint_activations:
         checkpoint_activations(model)
     if senses is not None and senses.config.freeze_thinker:

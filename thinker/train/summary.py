@@ -16,7 +16,7 @@ from ..data.shards import Corpus
 from ..data.sources import open_sources
 from ..evaluate import evaluate
 from ..plots import loss_curve
-from .report import sample
+from .report import fitting, sample
 from .run import Run
 
 CONTINUATIONS = 3
@@ -76,7 +76,7 @@ def openings(run: Run, documents: list[list[str]]) -> list[str]:
     if run.settings.prompt is not None:
         return [run.settings.prompt] * CONTINUATIONS
     spread = documents[:: max(1, len(documents) // CONTINUATIONS)][:CONTINUATIONS]
-    return [beginning("".join(pieces[:1])) for pieces in spread]
+    return [fitting(run, beginning("".join(pieces[:1]))) for pieces in spread]
 
 
 def beginning(text: str) -> str:
