@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -248,3 +249,26 @@ def test_eval_s_mistakes_are_one_line_and_status_2(shell, tmp_path, arguments, m
     assert (status, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_closed_and_full_streams_are_no_traceback(folder):
+    """Catches a service without stderr that can't speak, and a traceback where the disk is full."""
+
+    def run(redirected: str) -> tuple[int, str]:
+        command = f"exec {' '.join(map(shlex.quote, SHELL))} generate {folder} a --max-new-tokens 3 {redirected}"
+        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, input="")
+        return done.returncode, done.stdout + done.stderr
+
+    status, text = run("")
+    assert (status, bool(text)) == (0, True)
+    assert run("2>&-") == run("<&-") == (0, text)
+    assert run(">&-") == (0, "")
+    if Path("/dev/full").exists():
+        assert run(">/dev/full") == (1, "thinker: No space left on device\n")
+
+
+def test_a_path_that_cannot_be_is_one_line(shell):
+    """Catches a traceback for a prompt that stands where the model belongs."""
+    status, _, err = shell("generate", "x" * 300, "a")
+    assert status == 2
+    assert re.fullmatch(r"thinker: x+: File name too long\n", err)

@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and leave with its exit status: 0 done, 1 failed, 2 a user's mistake, 130 interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     spin_briefly()
+    open_what_is_closed()
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE + "\n`thinker COMMAND --help` tells more.")
         sys.exit(0 if arguments else 2)
@@ -60,16 +61,36 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
-        # The reader (`| head`) has what it wanted. Python would complain once more while closing stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        abandon_stdout()  # the reader (`| head`) has what it wanted
         status = 0
     except (MemoryError, OSError, RuntimeError) as error:
         from ..train.allocator import ran_out_of_memory
 
-        if not ran_out_of_memory(error):
+        if ran_out_of_memory(error):
+            fail(f"out of memory ({error}): free some, or take a smaller model, --ctx-len or batch")
+        if not isinstance(error, OSError) or not error.strerror:
             raise
-        fail(f"out of memory ({error}): free some, or take a smaller model, --ctx-len or batch")
+        if error.filename is not None:
+            fail(f"{error.filename}: {error.strerror}")
+        print(f"thinker: {error.strerror}", file=sys.stderr)  # a full disk, say: no mistake in what was typed
+        abandon_stdout()
+        status = 1
     sys.exit(status)
+
+
+def open_what_is_closed() -> None:
+    """Python has None in place of a standard stream that was closed, as a service's may be: to and from nowhere."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+
+
+def abandon_stdout() -> None:
+    """Send the rest, if it can't be written, to nowhere: Python would complain once more while closing."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def spin_briefly() -> None:

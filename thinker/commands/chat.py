@@ -74,7 +74,16 @@ def run(options: Options) -> int:
     if interactive:
         print(HINT, file=sys.stderr)
     with typed_lines(interactive) as ask:
-        while (entry := read_entry(ask)) is not None and entry.text != "/quit":
+        while True:
+            try:
+                entry = read_entry(ask)
+            except KeyboardInterrupt:
+                if not interactive:
+                    raise
+                print(f"\n{HINT}", file=sys.stderr)  # a moment late for the reply, it would end the conversation
+                continue
+            if entry is None or entry.command == "/quit":
+                break
             try:
                 if entry.is_command:
                     obey(entry, conversation, interactive)
@@ -91,8 +100,7 @@ def run(options: Options) -> int:
 
 def obey(entry: Entry, conversation: Conversation, interactive: bool) -> None:
     """Do what a command says. Raises `ValueError` for what can't be done."""
-    command, _, argument = entry.text.partition(" ")
-    argument = argument.strip()
+    command, argument = entry.command, entry.text.partition(" ")[2].strip()
     done = ""
     if command == "/help":
         print(HELP, file=sys.stderr)
@@ -113,7 +121,7 @@ def obey(entry: Entry, conversation: Conversation, interactive: bool) -> None:
         exchanges = conversation.save(Path(argument))
         done = f"added {exchanges} exchange{'s' * (exchanges > 1)} as one line to {argument}"
     else:
-        notice(f"{command} is unknown: {HINT}")
+        raise ValueError(f"{command} is no command: there are /attach, /reset, /system, /save, /help and /quit")
     if done and interactive:
         notice(done)
 

@@ -35,10 +35,15 @@ class Conversation:
         self.tell(system)
 
     def tell(self, system: str) -> None:
-        """Set the system message; empty takes it away. Raises `ValueError` if the model's template knows none."""
+        """Set the system message; empty takes it away.
+
+        Raises `ValueError` if the model's template knows none, or if it leaves no room for a conversation.
+        """
         before, self._system = self._system, system
         try:
-            self._length("")
+            length, ctx_len = self._length("", len(self._exchanges)), self._llm.config.ctx_len
+            if length >= ctx_len:
+                raise ValueError(f"the system message takes {length} of the context's {ctx_len} tokens: shorten it")
         except ValueError:
             self._system = before
             raise
@@ -75,8 +80,8 @@ class Conversation:
         content = [*self._attached, {"type": "text", "text": text}] if self._attached else text
         self._make_room(content)
         question = {"role": "user", "content": content}
-        self._attached = []
         stream = self._llm.stream_chat([*self._messages(self._first), question], **self._writing)
+        self._attached = []  # not before: a message that is refused is written anew, and they go with that
         said: list[str] = []
         try:
             for piece in stream:

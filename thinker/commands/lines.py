@@ -28,6 +28,11 @@ class Entry:
     text: str
     is_command: bool = False
 
+    @property
+    def command(self) -> str:
+        """The command's own word; of a message none."""
+        return self.text.partition(" ")[0] if self.is_command else ""
+
 
 def read_entry(ask: Ask) -> Entry | None:
     """The next message or command, None at the end of the input, which also ends an unfinished message."""
