@@ -186,20 +186,31 @@ def test_repair_brings_the_view_up_to_the_newest_state(tmp_path: Path) -> None:
     assert repair(run) is False
 
 
-def test_foreign_weights_are_never_replaced(tmp_path: Path) -> None:
-    """Catches the repair overwriting what somebody trained further with another program."""
-    run = run_with(tmp_path, small("dense"), 1)
-    weights = run / "model.safetensors"
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_foreign_weights_are_never_replaced(tmp_path: Path, name: str) -> None:
+    """Catches the repair, or a run that goes on, overwriting or hiding what another program trained further."""
     import safetensors.numpy
 
-    safetensors.numpy.save_file(safetensors.numpy.load_file(weights), weights, {"format": "pt"})
-    before = weights.read_bytes()
-    with pytest.raises(ValueError, match=r"was not written by Thinker.*delete thinker\.json"):
+    run = run_with(tmp_path, small("dense"), 1)
+    weights = run / "model.safetensors"
+    values = {key: value + 1 for key, value in safetensors.numpy.load_file(weights).items()}
+    if name != weights.name:
+        weights.unlink()
+        weights = run / "model-00001-of-00001.safetensors"
+        (run / name).write_text(json.dumps({"weight_map": dict.fromkeys(values, weights.name)}))
+    safetensors.numpy.save_file(values, weights, {"format": "pt"})
+    before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    with pytest.raises(ValueError, match=rf"{name}: was not written by Thinker.*delete thinker\.json"):
         open_model(run)
-    assert weights.read_bytes() == before
     (run / "thinker.json").unlink()
-    (run / "training").rename(tmp_path.parent / f"{tmp_path.name}-training")
-    assert open_model(run).step is None
+    del before[run / "thinker.json"]
+    files = open_model(run)
+    assert files.step is None, "as the message says"
+    assert np.array_equal(files.tensors["norm.scale"], parameters(small("dense"), 1)["norm.scale"] + 1)
+    for make in (publish, repair, open_run):
+        with pytest.raises(ValueError, match=rf"{name}: was not written by Thinker and stays"):
+            make(run)
+    assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
 
 
 @pytest.mark.parametrize(

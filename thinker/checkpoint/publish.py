@@ -68,10 +68,15 @@ class Publication:
 
 
 def publish(run_dir: Path) -> Path:
-    """Make the view from the best exact state of a run, or the newest, and return that state's folder."""
+    """Make the view from the best exact state of a run, or the newest, and return that state's folder.
+
+    Weights of another program, which may be somebody's own training, are never replaced: `ValueError`.
+    """
     path = to_publish(run_dir)
     if path is None:
         raise ValueError(f"{run_dir}: has no whole state in training/ to publish from")
+    if (foreign := foreign_weights(run_dir)) is not None:
+        raise ValueError(f"{foreign}: was not written by Thinker and stays: move it elsewhere to publish there")
     publish_state(run_dir, load(path))
     return path
 
@@ -177,8 +182,16 @@ def repair(run_dir: Path) -> bool:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether Thinker wrote this folder: a view, or a run killed before its first one."""
-    return (folder / OWN).exists() or latest(folder) is not None
+    """Whether Thinker wrote this folder: a view, or a run without one, unless another program put its weights there."""
+    return (folder / OWN).exists() or (latest(folder) is not None and foreign_weights(folder) is None)
+
+
+def foreign_weights(folder: Path) -> Path | None:
+    """What a folder is opened with, its weights or the index of several files, if another program wrote it."""
+    whole, index = folder / WEIGHTS, folder / f"{WEIGHTS}.index.json"
+    if whole.exists():
+        return whole if _step_of(whole) is None else None
+    return index if index.exists() else None
 
 
 def open_run(folder: Path) -> ModelFiles:
@@ -222,20 +235,19 @@ def _open_modality(folder: Path) -> Modality:
 
 def _inconsistency(folder: Path) -> str | None:
     """What is wrong with a view: a file missing, or files of different steps. None when it is whole."""
+    foreign = foreign_weights(folder)
+    if foreign is not None and (folder / OWN).exists():
+        raise ValueError(
+            f"{foreign}: was not written by Thinker, {OWN} was; delete {OWN} to open the folder without it"
+        )
     needed = (WEIGHTS, CONFIG, OWN)
     missing = [name for name in needed if not (folder / name).exists()]
     if not missing and read_json(folder / OWN).get("senses"):
         missing = [name for name in (MODALITY, SENSES) if not (folder / name).exists()]
     if missing:
         return f"{missing[0]} is missing"
-    steps = {WEIGHTS: _step_of(folder / WEIGHTS)}
-    if steps[WEIGHTS] is None:
-        # Somebody's own training, perhaps: never to be replaced by ours.
-        raise ValueError(
-            f"{folder / WEIGHTS}: was not written by Thinker, {OWN} was; delete {OWN} to open the folder without it"
-        )
     optional = (name for name in (GENERATION, TOKENIZER_CONFIG, MODALITY, SENSES) if (folder / name).exists())
-    steps |= {name: _step_of(folder / name) for name in (CONFIG, *optional, OWN)}
+    steps = {name: _step_of(folder / name) for name in (WEIGHTS, CONFIG, *optional, OWN)}
     known = {name: step for name, step in steps.items() if step is not None}
     other = next((name for name in known if known[name] != known[WEIGHTS]), None)
     return None if other is None else f"{WEIGHTS} is of step {known[WEIGHTS]}, {other} of step {known[other]}"
