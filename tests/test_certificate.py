@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,11 +10,12 @@ import torch
 from conftest import randomise, small
 
 from thinker.certificate import Truth, certify, find_truth, within
-from thinker.certificate.elsewhere import gguf_checks, verify_gguf
+from thinker.certificate.elsewhere import AWKWARD_TEXTS, gguf_checks, verify_gguf
+from thinker.certificate.llamacpp import Answers
 from thinker.certificate.truth import FLOAT32_SHARE, ROUNDINGS_IN_A_BLOCK, swaying
 from thinker.checkpoint.publish import Publication, write_view
 from thinker.commands import parse
-from thinker.commands.doctor import Options, run
+from thinker.commands.doctor import Options, run, show
 from thinker.formats import Modality
 from thinker.llm import load
 from thinker.modality.settings import SensesConfig
@@ -73,6 +75,28 @@ def test_a_crash_of_llama_cpp_is_a_line_of_the_certificate(folder, tmp_path, mon
     tokens = np.arange(10)
     (check,) = verify_gguf(tmp_path / "model.gguf", llm, tokens, find_truth(llm, tokens))
     assert (check.passed, check.note) == (False, words)
+
+
+def test_logits_that_are_no_numbers_fail_and_are_shown(folder, monkeypatch, capsys):
+    """Bug: an export whose activations overflow llama.cpp's float16 leaves with 0, or ends in a line about NaN."""
+    llm = load(folder("dense"), "torch")
+    tokens = np.arange(10)
+    truth = find_truth(llm, tokens)
+    for bad in (np.nan, np.inf):
+        logits = truth.logits.copy()
+        logits[3, 5] = bad
+        texts = [llm.tokenizer.encode(text) for text in AWKWARD_TEXTS]
+        monkeypatch.setattr("thinker.certificate.elsewhere.ask", lambda *_, x=logits, t=texts: Answers(t, x, [0] * 32))
+        for exact in (True, False):
+            _, check, _ = verify_gguf(Path("model.gguf"), llm, tokens, truth, exact)
+            assert check.passed is False
+            show("logits", [check])
+            assert "FAIL" in capsys.readouterr().out
+    assert "try bf16 or f32" in check.note
+    monkeypatch.setattr("thinker.commands.doctor.certify", lambda *_: [check])
+    assert run(parse(Options, "doctor", [str(folder("dense")), "--json"])) == 1
+    report = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert report["checks"][0]["figure"] is None
 
 
 def test_what_no_other_program_can_run_is_said_and_does_not_fail(folder):
@@ -159,6 +183,7 @@ def test_weights_with_nan_fail_in_one_line(folder):
     path = folder("dense")
     llm = load(path, "torch")
     assert within("x", np.array([[0.0], [np.nan]]), np.ones((2, 1)), 1.0).passed is False
+    assert within("x", np.array([[0.0], [np.inf]]), np.array([[0.0], [np.inf]]), 1.0).passed is False
 
     class Broken(dict):
         def __getitem__(self, name):

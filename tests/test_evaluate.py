@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 
 import numpy as np
@@ -9,6 +11,7 @@ from conftest import small
 from hypothesis import given
 from hypothesis import strategies as st
 
+from thinker.checkpoint.files import to_json
 from thinker.decode.torch_decoder import TorchDecoder
 from thinker.evaluate import _windows, evaluate
 from thinker.tokenizer import Tokenizer
@@ -51,6 +54,19 @@ def test_it_is_the_sum_over_every_token_by_hand(config, build):
     assert result.loss == pytest.approx(nats / tokens, **CLOSE)
     assert result.perplexity == pytest.approx(math.exp(nats / tokens), **CLOSE)
     assert result.bits_per_byte == pytest.approx(nats / math.log(2) / size, **CLOSE)
+
+
+def test_a_loss_that_is_no_number_has_no_perplexity(build):
+    """Catches NaN that is reported as infinity, and a report that is no JSON."""
+    model = model_for(PIECES, build)
+    with torch.no_grad():
+        model.head.weight[0] = torch.nan
+    result = evaluate(model, PIECES, TEXTS)
+    assert math.isnan(result.loss)
+    assert math.isnan(result.perplexity)
+    report = json.loads(to_json(dataclasses.asdict(result) | {"infinite": -math.inf}), parse_constant=pytest.fail)
+    assert (report["loss"], report["perplexity"], report["infinite"]) == (None, None, None)
+    assert report["tokens"] == result.tokens
 
 
 @pytest.mark.parametrize("stride", [1, 7, 24, 47, 48])

@@ -106,7 +106,7 @@ def evaluate(
     loss = nats / tokens
     return Evaluation(
         loss=loss,
-        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        perplexity=math.inf if loss > 700 else math.exp(loss),
         bits_per_byte=nats / math.log(2) / size,
         tokens=tokens,
         bytes=size,

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -102,7 +103,7 @@ def verify_gguf(path: Path, llm: LLM, tokens: np.ndarray, truth: Truth, exact: b
     """llama.cpp on a GGUF file against Thinker on the model it was made from.
 
     exact: the file is in float32, so logits agree to rounding and the greedy text is the same; otherwise the difference
-    of log-probabilities is only reported.
+    of log-probabilities is only reported, as long as it is a number.
     """
     prompt, room = beginning(llm, tokens)
     try:
@@ -119,8 +120,12 @@ def verify_gguf(path: Path, llm: LLM, tokens: np.ndarray, truth: Truth, exact: b
         name = "llama.cpp: float32 logits equal Thinker's"
         logits = within(name, theirs, truth.logits, truth.tolerance, "keys, values float32")
     else:
-        difference = float(np.abs(log_softmax(theirs) - log_softmax(truth.logits)).max())
-        logits = Check("llama.cpp: greatest difference in log-probability", difference, None, None, "rounded weights")
+        name = "llama.cpp: greatest difference in log-probability"
+        if np.isfinite(theirs).all():
+            difference = float(np.abs(log_softmax(theirs) - log_softmax(truth.logits)).max())
+            logits = Check(name, difference, None, None, "rounded weights")
+        else:
+            logits = Check(name, math.nan, None, False, "not finite in llama.cpp: try bf16 or f32")
     same = same_beginning(greedy(llm, prompt, room), answers.written)
     continuation = Check(
         "llama.cpp: same greedy continuation", float(same), float(room), same == room if exact else None, "tokens"

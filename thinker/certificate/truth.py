@@ -59,8 +59,9 @@ class Truth:
 
 
 def apart(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """The greatest difference of two arrays of logits at each token: (T, V) to (T,)."""
-    return np.abs(ours.astype(np.float64) - theirs).max(axis=-1)
+    """The greatest difference of two arrays of logits at each token: (T, V) to (T,). Infinities differ by NaN."""
+    with np.errstate(invalid="ignore"):
+        return np.abs(ours.astype(np.float64) - theirs).max(axis=-1)
 
 
 def within(name: str, ours: np.ndarray, theirs: np.ndarray, tolerance: float | np.ndarray, note: str = "") -> Check:

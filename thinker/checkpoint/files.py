@@ -60,6 +60,12 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def to_json(value: dict[str, Any]) -> str:
+    """A report as JSON that every program reads: NaN and infinity, which JSON lacks, are null in it."""
+    plain = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    return json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
+
+
 def read_text(path: Path) -> str:
     """A UTF-8 file, or a `ValueError` that names it."""
     try:

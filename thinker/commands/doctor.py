@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Annotated
 
 import tyro
@@ -13,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..certificate import Check, certify, describe
+from ..checkpoint.files import to_json
 from ..llm import load
 from .generate import Flag, notice
 
@@ -37,7 +37,7 @@ def run(options: Options) -> int:
     failed = [check for check in checks if check.passed is False]
     if options.as_json:
         report = {"model": options.model, "passed": not failed, "checks": [dataclasses.asdict(c) for c in checks]}
-        print(json.dumps(report, indent=2))
+        print(to_json(report))
     else:
         show(f"{options.model}: {describe(llm.config)}", checks)
     return 1 if failed else 0
@@ -60,4 +60,4 @@ def show(title: str, checks: list[Check]) -> None:
 
 def written(value: float) -> str:
     """Counts in full, differences in three digits."""
-    return f"{value:,.0f}" if value == int(value) else f"{value:.2e}"
+    return f"{value:,.0f}" if value.is_integer() and value < 1e12 else f"{value:.2e}"

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.progress import Progress
 
+from ..checkpoint.files import to_json
 from ..data.progress import byte_bar
 from ..data.sources import open_evaluation
 from ..evaluate import Evaluation
@@ -121,4 +122,4 @@ def as_json(llm: LLM, options: Options, rows: list[Row]) -> str:
         for row in rows
     ]
     about = {"model": str(llm.files.path), "ctx_len": llm.config.ctx_len, "stride": options.stride}
-    return json.dumps(about | {"results": results}, ensure_ascii=False, indent=2)
+    return to_json(about | {"results": results})
