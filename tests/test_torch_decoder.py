@@ -50,6 +50,17 @@ def test_slots_of_different_lengths_step_together_as_they_do_alone(config, build
     assert [decoder.length(slot) for slot in range(6)] == [12, 0, 9, 0, 8, 6]
 
 
+def test_more_slots_take_memory_for_what_is_held_alone(build):
+    """Catches an empty rest of the context that is copied for every slot that begins, and so taken from the machine."""
+    decoder = TorchDecoder(build(small("gqa")), slots=2)
+    decoder.prefill(0, ids_of(decoder.config, 5))
+    held = decoder.cache.keys[:, :, :, :5].clone()
+    decoder.cache.keys[:, :, :, 5:] = torch.nan
+    decoder.prefill(1, ids_of(decoder.config, 1))
+    assert torch.equal(decoder.cache.keys[:, :1, :, :5], held)
+    assert not decoder.cache.keys[:, 0, :, 5:].any(), "zeros that nobody has touched"
+
+
 def test_a_slot_that_was_cut_goes_on_as_if_the_rest_had_never_been(build):
     """Catches keys of a forgotten tail that are still attended to, as with a shared prefix of two conversations."""
     model = build(small("gqa"))

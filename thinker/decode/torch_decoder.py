@@ -129,7 +129,9 @@ class TorchDecoder(Decoder):
         if rows <= held:
             return
         grown = self._empty(rows)
-        grown.keys[:, :held], grown.values[:, :held] = self.cache.keys, self.cache.values
+        longest = max(self.cache.lengths)  # behind it nothing has been written, and zeros that are copied take memory
+        for new, old in ((grown.keys, self.cache.keys), (grown.values, self.cache.values)):
+            new[:, :held, :, :longest] = old[:, :, :, :longest]
         grown.lengths[:held] = self.cache.lengths
         self.cache = grown
 
