@@ -16,7 +16,7 @@ from thinker.certificate.truth import FLOAT32_SHARE, ROUNDINGS_IN_A_BLOCK, swayi
 from thinker.checkpoint.publish import Publication, write_view
 from thinker.commands import parse
 from thinker.commands.doctor import Options, run, show
-from thinker.formats import Modality
+from thinker.formats import Modality, open_model
 from thinker.llm import load
 from thinker.modality.settings import SensesConfig
 from thinker.model import ThinkerLM
@@ -29,9 +29,9 @@ TEXTS = ["some words to make a tokenizer of, twice: some words to make a tokeniz
 def folder(tmp_path):
     """publish(name): a small random model of that architecture as a folder, with a tokenizer."""
 
-    def publish(name):
+    def publish(name, **fields):
         tokenizer = Tokenizer.train(TEXTS, 320)
-        config = small(name, vocab_size=tokenizer.vocab_size)
+        config = small(name, vocab_size=tokenizer.vocab_size, **fields)
         model = randomise(ThinkerLM(config))
         arrays = {key: p.detach().numpy() for key, p in model.named_parameters()}
         publication = Publication(bos_id=tokenizer.bos_id, eos_ids=(tokenizer.eos_id,), add_bos=True)
@@ -208,6 +208,44 @@ def test_exit_status_and_json(folder, capsys, monkeypatch):
     assert "FAIL" in capsys.readouterr().out
 
 
+def test_a_long_context_costs_no_memory(folder, tmp_path, monkeypatch, capsys):
+    """Bug: keys and values of forty thousand positions, where ninety-six are looked at, end the process."""
+    from thinker.cache import KVCache
+    from thinker.commands import export
+
+    path, out, asked = folder("dense", ctx_len=40_960), tmp_path / "model.gguf", []
+    honest = KVCache.empty
+    monkeypatch.setattr(
+        KVCache, "empty", lambda config, *a, **k: asked.append(config.ctx_len) or honest(config, *a, **k)
+    )
+    assert run(parse(Options, "doctor", [str(path)])) == 0
+    assert 0 < max(asked) <= 256
+    (tmp_path / "llama_cpp.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("thinker.commands.export.verify_gguf", lambda path, llm, *_, **__: asked.append(llm) or [])
+    assert export.run(parse(export.Options, "export", [str(path), str(out)])) == 0
+    assert asked[-1].config.ctx_len <= 256
+    assert open_model(out).config.ctx_len == 40_960
+
+
+@pytest.mark.parametrize(("ctx_len", "enough"), [(1, False), (2, False), (3, True), (9, True)])
+def test_a_context_too_short_to_certify_is_said(folder, tmp_path, capsys, ctx_len, enough):
+    """Bug: `thinker doctor` complains of an empty sequence, or compares none with none."""
+    from thinker.commands import export
+
+    path, out = folder("dense", ctx_len=ctx_len), tmp_path / "model.gguf"
+    if enough:
+        assert run(parse(Options, "doctor", [str(path)])) == 0
+        return
+    for command, given in (
+        (run, parse(Options, "doctor", [str(path)])),
+        (export.run, parse(export.Options, "export", [str(path), str(out)])),
+    ):
+        with pytest.raises(ValueError, match=f"ctx_len {ctx_len} is too short to certify: 3 is the least"):
+            command(given)
+    assert not out.exists()
+
+
 def test_export_writes_checks_and_never_overwrites(folder, tmp_path, capsys):
     """Bug: yesterday's export is gone, or a file that llama.cpp reads differently passes."""
     from thinker.commands import export
@@ -223,3 +261,6 @@ def test_export_writes_checks_and_never_overwrites(folder, tmp_path, capsys):
     with pytest.raises(ValueError, match="gelu"):
         export.run(parse(export.Options, "export", [str(folder("gelu_gate")), str(tmp_path / "b.gguf")]))
     assert not (tmp_path / "b.gguf").exists()
+    (tmp_path / "c.gguf").mkdir()
+    with pytest.raises(ValueError, match="is a folder"):
+        export.run(parse(export.Options, "export", [str(path), str(tmp_path / "c.gguf"), "--force"]))

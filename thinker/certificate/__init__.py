@@ -8,26 +8,43 @@ files. Showing the result is `commands/doctor.py`'s.
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from ..config import ThinkerConfig
 from ..formats import ModelFiles
-from ..llm import LLM
+from ..llm import LLM, Notice, load
 from .decoders import native_checks, torch_checks
 from .elsewhere import gguf_checks, transformers_checks, verify_gguf
 from .truth import Check, Say, Truth, find_truth, swaying, within
 
-__all__ = ["POSITIONS", "Check", "Truth", "certify", "describe", "find_truth", "verify_gguf", "within"]
+__all__ = ["Check", "Truth", "certify", "describe", "find_truth", "load_short", "some_tokens", "verify_gguf", "within"]
 
 POSITIONS = 96  # long enough for q and k in a wrong order to show, which takes some twenty tokens
+CONTEXT = 256  # more than is asked here: keys and values for a model's own ctx_len, several times, may fill the memory
+SHORTEST = 3  # one token to begin with, one to go on with, and one that is written
+
+
+def load_short(path: str, notice: Notice) -> tuple[ModelFiles, LLM]:
+    """A model's files, and the model in torch and float32, with a context no longer than the checks need."""
+    llm = load(path, "torch", "float32", notice=notice)
+    files = llm.files
+    llm.files = dataclasses.replace(files, config=files.config.changed(ctx_len=min(files.config.ctx_len, CONTEXT)))
+    return files, llm
+
+
+def some_tokens(config: ThinkerConfig) -> np.ndarray:
+    """What a model is asked about: random ids, always the same. Raises `ValueError` where there is no room for two."""
+    if config.ctx_len < SHORTEST:
+        raise ValueError(f"ctx_len {config.ctx_len} is too short to certify: {SHORTEST} is the least")
+    return np.random.default_rng(0).integers(0, config.vocab_size, min(POSITIONS, config.ctx_len - 1))
 
 
 def certify(llm: LLM, say: Say) -> list[Check]:
     """Every check of one model, in float32. `say` hears what is under way."""
     files = llm.files
-    config = files.config
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, config.vocab_size, min(POSITIONS, config.ctx_len - 1))
+    tokens = some_tokens(files.config)
     checks = [finite_weights(files, say)]
     if checks[0].passed is False:
         return checks

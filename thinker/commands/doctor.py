@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..certificate import Check, certify, describe
+from ..certificate import Check, certify, describe, load_short
 from ..checkpoint.files import to_json
-from ..llm import load
 from .generate import Flag, notice
 
 
@@ -30,7 +29,7 @@ class Options(BaseModel):
 
 def run(options: Options) -> int:
     """Issue the certificate on stdout; 1 when a check fails."""
-    llm = load(options.model, "torch", "float32", notice=notice)
+    _, llm = load_short(options.model, notice)
     console = Console(stderr=True, highlight=False)
     with console.status("opening") as status:
         checks = certify(llm, lambda line: status.update(line))

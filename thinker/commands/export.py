@@ -8,14 +8,12 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 
-from ..certificate import POSITIONS, find_truth, verify_gguf
+from ..certificate import find_truth, load_short, some_tokens, verify_gguf
 from ..formats.gguf_export import ExportType, export_gguf
-from ..llm import load
 from .doctor import show
 from .generate import Flag, notice
 
@@ -39,10 +37,13 @@ def run(options: Options) -> int:
     """Write the file, then check it; 1 when the check fails."""
     if options.out.suffix != ".gguf":
         raise ValueError(f"{options.out}: the file's name must end in .gguf")
+    if options.out.is_dir():
+        raise ValueError(f"{options.out} is a folder: name the file to write in it")
     if options.out.exists() and not options.force:
         raise ValueError(f"{options.out} exists: choose another name, or replace it with --force")
-    llm = load(options.model, "torch", "float32", notice=notice)
-    files = dataclasses.replace(llm.files, modality=None) if options.text_only else llm.files
+    files, llm = load_short(options.model, notice)
+    files = dataclasses.replace(files, modality=None) if options.text_only else files
+    tokens = some_tokens(llm.config) if options.check else None
     with Console(stderr=True).status("exporting") as status:
         export_gguf(
             files,
@@ -51,13 +52,12 @@ def run(options: Options) -> int:
             progress=lambda done, total: status.update(f"exporting: {done} of {total} tensors"),
         )
         print(f"{options.out}: {options.out.stat().st_size / 1e6:,.1f} MB, {options.type}", file=sys.stderr)
-        if not options.check:
+        if tokens is None:
             return 0
         if importlib.util.find_spec("llama_cpp") is None:
             notice("not checked against llama.cpp, since llama-cpp-python is not installed")
             return 0
         status.update("comparing with llama.cpp")
-        tokens = np.random.default_rng(0).integers(0, llm.config.vocab_size, min(POSITIONS, llm.config.ctx_len - 1))
         checks = verify_gguf(options.out, llm, tokens, find_truth(llm, tokens), exact=options.type == "f32")
     show(f"{options.out} in llama.cpp", checks)
     return 1 if any(check.passed is False for check in checks) else 0
