@@ -99,6 +99,41 @@ def test_logits_that_are_no_numbers_fail_and_are_shown(folder, monkeypatch, caps
     assert report["checks"][0]["figure"] is None
 
 
+def test_llama_cpp_is_asked_about_texts_as_the_tokenizer_normalises_them(folder, monkeypatch):
+    """Bug: every model with Qwen's tokenizer fails, since llama.cpp doesn't normalise and is asked as if it did."""
+    llm = load(folder("dense"), "torch")
+    tokens = np.arange(10)
+    truth, plain = find_truth(llm, tokens), llm.tokenizer
+
+    def ask(path, texts, *_):
+        return Answers([plain.encode(text) for text in texts], truth.logits, [0] * 32)
+
+    monkeypatch.setattr("thinker.certificate.elsewhere.ask", ask)
+    (check, *_) = verify_gguf(Path("model.gguf"), llm, tokens, truth)
+    assert (check.passed, check.note) == (True, "")
+    normalising = json.dumps(json.loads(llm.files.tokenizer_json) | {"normalizer": {"type": "NFC"}})
+    llm.files = dataclasses.replace(llm.files, tokenizer_json=normalising)
+    llm.__dict__["tokenizer"] = Tokenizer.from_json(normalising)
+    assert plain.encode("e\u0301") != llm.tokenizer.encode("e\u0301")
+    (check, *_) = verify_gguf(Path("model.gguf"), llm, tokens, truth)
+    assert (check.passed, check.note) == (True, "in NFC: llama.cpp doesn't normalise")
+
+
+def test_transformers_failing_is_a_line_of_the_certificate(folder, monkeypatch):
+    """Bug: a width that its grouped products don't take ends `thinker doctor` in a traceback, and all it had found."""
+    import transformers
+
+    def forward(*_, **__):
+        raise RuntimeError("strides should be multiple of 16 bytes\nException raised from …")
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", forward)
+    checks = {check.name: check for check in certify(load(folder("dense"), "torch"), quiet)}
+    check = checks["transformers equals Thinker"]
+    assert (check.passed, check.note) == (False, "strides should be multiple of 16 bytes")
+    assert checks["native: decoder equals torch in float64"].passed is True
+    assert list(checks)[-1].startswith("llama.cpp"), "the next is asked all the same"
+
+
 def test_what_no_other_program_can_run_is_said_and_does_not_fail(folder):
     """Bug: a gate that llama.cpp computes as silu is certified, or the whole certificate fails for want of a class."""
     checks = {check.name: check for check in certify(load(folder("gelu_gate"), "torch"), quiet)}
