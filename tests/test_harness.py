@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -105,6 +106,52 @@ def test_likelihoods_are_sums_over_the_continuation(folder):
     assert greedy == all(int(log_p[i - 1].argmax()) == ids[i] for i in range(first, len(ids)))
     (rolling,) = harness.loglikelihood_rolling(requests_of("loglikelihood_rolling", ("the cat sat on the mat",)))
     assert rolling == pytest.approx(sum(float(log_p[i - 1, ids[i]]) for i in range(1, len(ids))), abs=1e-4)
+
+
+def test_nothing_and_a_token_across_the_border_can_be_scored(folder):
+    """Bug: a border inside a token, an empty continuation or an empty text ends the run in a traceback."""
+    from thinker.harness import ThinkerHarness
+
+    harness = ThinkerHarness(str(folder))
+    encode = harness.llm.encode
+    assert len(encode("the cat")) == 3 < len(encode("the c")), "one token goes across"
+    across, same, nothing, less = harness.loglikelihood(
+        requests_of("loglikelihood", ("the c", "at"), ("the", " cat"), ("the cat", ""), ("", ""))
+    )
+    assert across == same, "the token counts whole"
+    assert across[0] < 0
+    assert nothing == less == (0.0, True)
+    assert harness.loglikelihood_rolling(requests_of("loglikelihood_rolling", ("",))) == [0.0]
+
+
+def test_the_first_token_of_a_model_without_bos_costs_nothing(folder):
+    """Bug: a choice of one token, with no context and no bos, ends the run in a traceback."""
+    from thinker.harness import ThinkerHarness
+
+    harness = ThinkerHarness(str(folder))
+    harness.llm.files = dataclasses.replace(harness.llm.files, bos_id=None, add_bos=False)
+    (one, two) = harness.loglikelihood(requests_of("loglikelihood", ("", "a"), ("", "ax")))
+    assert one == (0.0, True)
+    assert two[0] < 0
+
+
+def test_more_tokens_wanted_than_the_context_has_leave_the_prompt_its_half(folder, monkeypatch):
+    """Bug: with the harness's own 256 tokens every prompt of a model with a short context is cut to its last token."""
+    from thinker.harness import ThinkerHarness
+
+    harness, asked = ThinkerHarness(str(folder)), []
+    encode, bos = harness.llm.encode, harness.llm.files.bos_id
+    monkeypatch.setattr(harness.llm, "generate", lambda context, **o: asked.append((context, o)) or "")
+    harness.generate_until(requests_of("generate_until", ("one two three", {"max_gen_toks": 256})))
+    context, options = asked[-1]
+    assert context == "one two three"
+    assert options["max_new_tokens"] == 48 - len(encode(context)), "all the room that there is"
+    long = " ".join(CORPUS * 5)
+    with pytest.warns(UserWarning, match="1 of 1 requests lost"):
+        harness.generate_until(requests_of("generate_until", (long, {"max_gen_toks": 256})))
+    context, options = asked[-1]
+    assert options["max_new_tokens"] == 24
+    assert encode(context) == (bos, *encode(long)[-23:])
 
 
 def test_what_is_too_long_is_cut_on_the_left_and_counted(folder):

@@ -187,14 +187,14 @@ def token_losses(decoder: Decoder, ids: np.ndarray, first: int) -> tuple[np.ndar
     decoder.truncate(0, 0)
     if first:
         decoder.prefill(0, ids[:first])
-    losses, likeliest = [], []
+    losses, likeliest = np.empty(len(ids) - 1 - first), np.empty(len(ids) - 1 - first, bool)
     for begin in range(first, len(ids) - 1, ROWS_AT_ONCE):
         end = min(begin + ROWS_AT_ONCE, len(ids) - 1)
         logits = decoder.prefill(0, ids[begin:end], every=True).astype(np.float64)  # (rows, V)
         wanted = ids[begin + 1 : end + 1]
         top = logits.max(axis=1)
         log_sum = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
-        losses.append(log_sum - logits[np.arange(end - begin), wanted])
-        likeliest.append(logits.argmax(axis=1) == wanted)
+        losses[begin - first : end - first] = log_sum - logits[np.arange(end - begin), wanted]
+        likeliest[begin - first : end - first] = logits.argmax(axis=1) == wanted
     decoder.truncate(0, 0)
-    return np.concatenate(losses), np.concatenate(likeliest)
+    return losses, likeliest

@@ -26,7 +26,10 @@ T = TypeVar("T")
 
 @register_model("thinker")
 class ThinkerHarness(LM):
-    """Any model that Thinker opens. Requests longer than the context lose their beginning; a warning counts them."""
+    """Any model that Thinker opens. Requests longer than the context lose their beginning; a warning counts them.
+
+    What is to be written gets all the room that there is behind its context, and at least half of `ctx_len`.
+    """
 
     def __init__(self, pretrained: str, backend: str = "auto", dtype: str | None = None, **_: Any) -> None:
         super().__init__()
@@ -39,7 +42,7 @@ class ThinkerHarness(LM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Of each (text,): its log-probability, every token once, with as much context as there is room for."""
-        return [-self._text_nats(request.args[0]) for request in requests]
+        return [self._text(request.args[0]) for request in requests]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Of each (context, settings): the continuation up to one of the strings in `until`."""
@@ -54,13 +57,15 @@ class ThinkerHarness(LM):
         return answers
 
     def _continuation(self, context: str, continuation: str) -> tuple[float, bool]:
+        if not continuation:
+            return 0.0, True
         # A space at the border belongs to the continuation, since tokens carry the space in front of their word.
         stem = context.rstrip()
         continuation, context = context[len(stem) :] + continuation, stem
         whole = list(self.llm.encode(context + continuation))
         first = len(self.llm.encode(context)) if context else len(whole) - len(self.llm.tokenizer.encode(continuation))
-        if first == 0:  # a model without bos: the first token can't be predicted
-            first = 1
+        # A token may lie across the border, and counts then; without bos the first of all can't be predicted.
+        first = max(min(first, len(whole) - 1), 1)
         over = len(whole) - 1 - self.llm.config.ctx_len
         if over > 0:
             self.cut += 1
@@ -68,15 +73,17 @@ class ThinkerHarness(LM):
         losses, likeliest = token_losses(self.llm.decoder, np.array(whole), first - 1)
         return -float(losses.sum()), bool(likeliest.all())
 
-    def _text_nats(self, text: str) -> float:
+    def _text(self, text: str) -> float:
+        if not text:
+            return 0.0
         result = self.llm.evaluate([text])
-        return result.loss * result.tokens
+        return -result.loss * result.tokens
 
     def _continued(self, context: str, settings: dict[str, Any]) -> str:
         until = settings.get("until", [])
-        wanted = int(settings.get("max_gen_toks", 256))
-        ids = self.llm.encode(context)
-        room = self.llm.config.ctx_len - wanted
+        ids, ctx_len = self.llm.encode(context), self.llm.config.ctx_len
+        wanted = min(int(settings.get("max_gen_toks", 256)), max(ctx_len - len(ids), ctx_len // 2))
+        room = ctx_len - wanted
         if len(ids) > room:
             self.cut += 1
             kept = max(room - self.llm.files.add_bos, 1)  # bos comes in front again
