@@ -642,13 +642,51 @@ def test_tensors_that_do_not_belong_are_refused(tmp_path: Path, tokenizer: Token
     [(8.0, 8192, 4.0, 64), (32.0, 8192, 4.0, 64), (4.0, 2048, 4.0, 16), (3.5, 3000, 4.0, 64), (8.0, 4096, 6.5, 64)],
 )
 def test_llama_3s_rope_scaling_is_recognised(
-    tmp_path: Path, factor: float, original: int, high: float, width: int, tokenizer: Tokenizer
+    tmp_path: Path,
+    factor: float,
+    original: int,
+    high: float,
+    width: int,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Catches long contexts of Llama 3 read without their scaling: the file has factors instead of settings."""
     scaling = RopeScaling(factor=factor, original_ctx_len=original, low_freq_factor=1.0, high_freq_factor=high)
     config = small("gqa", vocab_size=350, head_dim=width, rope_theta=500000.0, rope_scaling=scaling)
     export_gguf(model_files(config, tokenizer), tmp_path / "a.gguf", "f32")
+    monkeypatch.setattr("thinker.formats.gguf_config.OWN_SCALING", "not in files of other programs")
     assert open_model(tmp_path / "a.gguf").config.rope_scaling == scaling
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "original", "width"), [(2.0, 4.0, 2048, 64), (1.0, 8.0, 64, 4), (1.5, 6, 512, 8)]
+)
+def test_thinkers_own_export_keeps_its_rope_scaling(
+    tmp_path: Path, low: float, high: float, original: int, width: int, tokenizer: Tokenizer
+) -> None:
+    """Catches settings that the factors don't give away, so that Thinker refuses the file that it has just written."""
+    scaling = RopeScaling(factor=10.0, original_ctx_len=original, low_freq_factor=low, high_freq_factor=high)
+    config = small("gqa", vocab_size=350, head_dim=width, rope_theta=500000.0, rope_scaling=scaling)
+    export_gguf(model_files(config, tokenizer), tmp_path / "a.gguf", "f32")
+    assert open_model(tmp_path / "a.gguf").config.rope_scaling == scaling
+
+
+@pytest.mark.parametrize(
+    "claimed",
+    ["", "[]", '{"factor": 1e999, "original_ctx_len": 1}', f'{{"factor": 8, "original_ctx_len": {"9" * 400}}}'],
+)
+def test_rope_settings_that_the_factors_belie_are_not_believed(
+    tmp_path: Path, claimed: str, tokenizer: Tokenizer
+) -> None:
+    """Catches angles by what a file says instead of what it holds, and a claim that ends in a traceback."""
+    path = rewritten(
+        tmp_path / "a.gguf",
+        tokenizer,
+        lambda fields: fields.update({"thinker.rope_scaling": claimed}),
+        extra={"rope_freqs.weight": np.linspace(1, 2, 4).astype(np.float32)},
+    )
+    with pytest.raises(ValueError, match=r"rope_freqs\.weight can't be traced back"):
+        open_model(path)
 
 
 @pytest.mark.parametrize("factors", [np.linspace(1, 2, 4), np.ones(3), np.array([1, 1, np.nan, 8]), np.zeros(4)])

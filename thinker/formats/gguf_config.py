@@ -6,12 +6,14 @@ than a wrong one. Names of tensors are in `gguf.py`, the vocabulary in `gguf_tok
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from gguf import GGUFWriter
+from pydantic import ValidationError
 
 from ..checkpoint.files import brief
 from ..checkpoint.reader import all_finite, widen
@@ -23,6 +25,7 @@ from .q8 import Q8Tensor
 from .tensors import Array
 
 ROPE_FACTORS = "rope_freqs.weight"
+OWN_SCALING = "thinker.rope_scaling"  # the settings behind the factors as JSON, which nobody else reads
 
 
 @dataclass(frozen=True)
@@ -169,19 +172,36 @@ def recognise_scaling(factors: Array, config: ThinkerConfig, file: GGUFFile) -> 
     wide = widen(factors)
     if np.all(wide == 1):
         return None
-    for original, high in _candidates(wide.astype(np.float64), inverse_frequencies(config).astype(np.float64)):
-        if not 1 <= original <= LONGEST or not 1 < high < 1000:
-            continue
-        scaling = RopeScaling(
-            factor=float(f"{wide.max():.6g}"),
-            low_freq_factor=1.0,
-            high_freq_factor=float(f"{high:.6g}"),
-            original_ctx_len=round(original),
-        )
+    for scaling in (*_own_scaling(file), *_guesses(wide, config)):
+        with np.errstate(all="ignore"):  # what a file claims may be any number
+            found = rope_factors(config.changed(rope_scaling=scaling))
         # Some float32 roundings of 6e-8 each, in another order than the program that wrote them.
-        if np.allclose(wide, rope_factors(config.changed(rope_scaling=scaling)), rtol=1e-5):
+        if np.allclose(wide, found, rtol=1e-5):
             return scaling
-    raise file.fail(f"{ROPE_FACTORS} are not those of Llama 3's rope scaling, which alone is supported")
+    raise file.fail(
+        f"{ROPE_FACTORS} can't be traced back to settings of Llama 3's rope scaling, which alone is supported: "
+        "open the model that this file was made from"
+    )
+
+
+def _own_scaling(file: GGUFFile) -> Iterator[RopeScaling]:
+    """The settings that a file of Thinker's says it was made with."""
+    with contextlib.suppress(ValidationError):
+        scaling = RopeScaling.model_validate_json(str(file.scalar(OWN_SCALING)))
+        if scaling.original_ctx_len <= LONGEST:
+            yield scaling
+
+
+def _guesses(factors: np.ndarray, config: ThinkerConfig) -> Iterator[RopeScaling]:
+    """What settings may be behind the factors."""
+    for original, high in _candidates(factors.astype(np.float64), inverse_frequencies(config).astype(np.float64)):
+        if 1 <= original <= LONGEST and 1 < high < 1000:
+            yield RopeScaling(
+                factor=float(f"{factors.max():.6g}"),
+                low_freq_factor=1.0,
+                high_freq_factor=float(f"{high:.6g}"),
+                original_ctx_len=round(original),
+            )
 
 
 def _candidates(factors: np.ndarray, frequencies: np.ndarray) -> Iterator[tuple[float, float]]:
@@ -220,6 +240,8 @@ def write_config(writer: GGUFWriter, config: ThinkerConfig) -> None:
     writer.add_value_length(config.head_width)
     writer.add_rope_dimension_count(config.head_width)
     writer.add_rope_freq_base(config.rope_theta)
+    if config.rope_scaling is not None:
+        writer.add_string(OWN_SCALING, config.rope_scaling.model_dump_json())
     writer.add_layer_norm_rms_eps(config.norm_eps)
     if config.use_moe:
         writer.add_expert_count(config.num_experts)
