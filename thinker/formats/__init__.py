@@ -33,6 +33,11 @@ def open_model(path: str | Path) -> ModelFiles:
             from .gguf import open_gguf
 
             return open_gguf(path)
+        if path.suffix == ".json" and not (path.parent / "config.json").exists():
+            raise ValueError(
+                f"{path}: holds no weights; if it describes a model, train it: thinker train {path} "
+                "(with --dry-run to see what that takes)"
+            )
         if path.suffix in (".safetensors", ".json"):
             raise ValueError(f"{path}: give the folder {path.parent} instead, which says what its tensors mean")
         raise ValueError(f"{path}: is no model; give a folder with config.json and safetensors, or a .gguf file")
