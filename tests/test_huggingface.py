@@ -304,6 +304,13 @@ def test_rope_in_the_forms_of_both_majors(settings: dict[str, Any], theta: float
     assert np.allclose(frequencies, inverse_frequencies(config), rtol=3e-7)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "arcee"])
+def test_no_number_of_key_value_heads_means_as_many_as_query_heads(model_type: str) -> None:
+    """Catches null taken for the class's own number, which other heads than these would need."""
+    values = SIZES | CLASSES[model_type] | {"model_type": model_type, "num_key_value_heads": None}
+    assert read_config(values, "here").n_kv_heads == AutoConfig.for_model(**values).num_key_value_heads == 4
+
+
 GOOD = SIZES | CLASSES["llama"] | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 
 
@@ -331,6 +338,18 @@ GOOD = SIZES | CLASSES["llama"] | {"model_type": "llama", "architectures": ["Lla
         (
             {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}},
             "rope_theta is given as 10000.0 and as 1000000.0",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "default"}, "rope_parameters": LLAMA3 | ORIGINAL},
+            "rope_type is default in rope_scaling and llama3 in rope_parameters",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 8.0}, "rope_parameters": LLAMA3 | ORIGINAL},
+            "rope_type is linear in rope_scaling and llama3 in rope_parameters",
+        ),
+        (
+            {"rope_scaling": LLAMA3 | ORIGINAL, "rope_parameters": LLAMA3 | ORIGINAL | {"factor": 4.0}},
+            "factor is 8.0 in rope_scaling and 4.0 in rope_parameters",
         ),
         ({"rope_scaling": LLAMA3}, "original_max_position_embeddings must be a whole number"),
         ({"rope_scaling": LLAMA3 | ORIGINAL | {"factor": "8"}}, "factor must be a number"),
@@ -515,6 +534,7 @@ def test_paths_that_are_no_model_are_named(tmp_path: Path) -> None:
     (tmp_path / "gguf").mkdir()
     (tmp_path / "gguf" / "model.gguf").touch()
     (tmp_path / "notes.txt").write_text("notes")
+    (tmp_path / "tiny.json").write_text("{}")
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "config.json").write_text(json.dumps(GOOD))
     (tmp_path / "broken").mkdir()
@@ -529,7 +549,9 @@ def test_paths_that_are_no_model_are_named(tmp_path: Path) -> None:
         ("notes.txt", "is no model"),
         ("half", "has neither model.safetensors nor"),
         ("broken", "config.json: not valid JSON"),
-        ("whole/model.safetensors", "give the folder"),
+        ("whole/model.safetensors", "give the folder .*whole instead"),
+        ("whole/config.json", "give the folder .*whole instead"),
+        ("tiny.json", r"holds no weights; if it describes a model, train it: thinker train .*tiny\.json"),
     ):
         with pytest.raises(ValueError, match=reason) as caught:
             open_model(tmp_path / path)
@@ -629,6 +651,7 @@ def test_odd_text_files_raise_nothing_but_value_error(tmp_path: Path, name: str)
         (tokenizer["added_tokens"][0], "content"),
         (tokenizer["added_tokens"][0], "id"),
         *((tokenizer["post_processor"], key) for key in BOS_FIRST),
+        *((tokenizer["post_processor"]["single"][0]["SpecialToken"], key) for key in ("id", "type_id")),
     ]
     for place, key in [(good, key) for key in good] + (nested if name == "tokenizer" else []):
         kept = place[key]

@@ -161,7 +161,8 @@ def write_config(config: ThinkerConfig, dtype: str) -> dict[str, Any]:
 def read_config(values: Mapping[str, Any], where: str) -> ThinkerConfig:
     """The architecture that a `config.json` describes. What Thinker doesn't compute raises `ValueError` by name."""
     family = _find_family(values, where)
-    known = {key: value for key, value in values.items() if value is not None}
+    # null stands for the class's own value, except that of the heads for keys and values: as many as for queries.
+    known = {key: value for key, value in values.items() if value is not None or key == "num_key_value_heads"}
     merged = dict(family.defaults) | known
     _refuse_unsupported(merged, family, where)
     heads = _integer(merged, "num_attention_heads", where)
@@ -273,6 +274,10 @@ def _read_rope(values: Mapping[str, Any], family: Family, where: str) -> tuple[f
     if (part := settings.get("partial_rotary_factor")) not in (None, 1):
         raise ValueError(f"{where}: partial_rotary_factor {brief(part)} is not supported")
     kind = settings.get("rope_type", settings.get("type", "default"))
+    for key, value in (new or {}).items():  # programs differ in which of the two they believe
+        ours = kind if key in ("rope_type", "type") else settings.get(key, value)
+        if value != ours:
+            raise ValueError(f"{where}: {key} is {brief(ours)} in rope_scaling and {brief(value)} in rope_parameters")
     if kind == "default":
         return theta, None
     if kind != "llama3":

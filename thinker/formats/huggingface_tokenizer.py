@@ -142,8 +142,8 @@ def _leading_token(processor: Any) -> int | None:
     if processor.get("type") != "TemplateProcessing" or not isinstance(single, list) or not single:
         return None
     token = single[0].get("SpecialToken") if isinstance(single[0], dict) else None
-    known = processor.get("special_tokens")
-    entry = known.get(token.get("id")) if isinstance(token, dict) and isinstance(known, dict) else None
+    name, known = _text_of(token, "id"), processor.get("special_tokens")
+    entry = known.get(name) if isinstance(known, dict) else None
     ids = entry.get("ids") if isinstance(entry, dict) else None
     return ids[0] if isinstance(ids, list) and len(ids) == 1 and type(ids[0]) is int else None
 
@@ -162,9 +162,13 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
 
 def _content(token: Any) -> str | None:
     """A special token's text, given alone or as an object."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
+    return token if isinstance(token, str) else _text_of(token, "content")
+
+
+def _text_of(values: Any, key: str) -> str | None:
+    """What an object has under a key, where it is an object and that is a text."""
+    value = values.get(key) if isinstance(values, dict) else None
+    return value if isinstance(value, str) else None
 
 
 def _first(values: tuple[int, ...]) -> int | None:
