@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from thinker import load
 from thinker.certificate import certify
@@ -277,6 +278,20 @@ def test_init_starts_from_a_models_exact_weights_and_tokenizer(text, tmp_path):
             {"d_model"},
             quiet,
         )
+
+
+def test_what_another_program_trained_further_is_taken_and_never_replaced(text, tmp_path):
+    """Bug: a run's folder with weights tuned elsewhere starts from the old ones, or a run writes over them."""
+    train(text, tmp_path / "run")
+    path = tmp_path / "run" / "model.safetensors"
+    tuned = {name: tensor + 0.01 for name, tensor in load_file(path).items()}
+    save_file(tuned, path, {"format": "pt"})
+    (tmp_path / "run" / "thinker.json").unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors: was not written by Thinker and stays"):
+        resume(ARCHITECTURE, settings(text, tmp_path / "run"), {"out"}, quiet)
+    with repeatable(None):
+        run = begin(ARCHITECTURE, settings(text, tmp_path / "next", init=str(tmp_path / "run")), set(), quiet)
+    np.testing.assert_array_equal(run.model.norm.scale.detach().numpy(), tuned["model.norm.weight"])
 
 
 def test_the_published_view_is_the_model(text, tmp_path):

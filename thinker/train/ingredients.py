@@ -13,7 +13,7 @@ import numpy as np
 
 from ..chat import DEFAULT_TEMPLATE, ChatFormat
 from ..checkpoint import training
-from ..checkpoint.publish import Publication
+from ..checkpoint.publish import Publication, is_run
 from ..config import ThinkerConfig
 from ..data.chat_shards import ChatCorpus, prepare_chats
 from ..data.mixing import MixedBatches
@@ -118,7 +118,7 @@ def starting_point(
     files = open_model(path)
     parameters: Mapping[str, np.ndarray | Q8Tensor]
     config, parameters, tokenizer_json = files.config, files.tensors, files.tokenizer_json
-    exact = training.to_publish(Path(path))
+    exact = training.to_publish(Path(path)) if is_run(Path(path)) else None
     if exact is not None:
         saved = training.load(exact)
         config, parameters, tokenizer_json = saved.config, saved.parameters, saved.tokenizer_json

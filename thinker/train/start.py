@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..checkpoint import training
-from ..checkpoint.publish import Publication
+from ..checkpoint.publish import Publication, foreign_weights
 from ..config import ThinkerConfig
 from ..data.chat_shards import ChatCorpus
 from ..data.shards import Corpus
@@ -185,6 +185,8 @@ def assemble(
 ) -> Run:
     """A run at step 0 from its parts."""
     keep_freed_memory()
+    if (foreign := foreign_weights(folder)) is not None:
+        raise ValueError(f"{foreign}: was not written by Thinker and stays: name another folder with --out")
     if settings.prompt is not None:
         check_prompt(settings.prompt, corpus, config.ctx_len)
     if settings.checkpoint_activations:
