@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import tyro
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from ..bench.report import QUICK, Patience, Report, measure
 from ..bench.speed import random_model
+from ..checkpoint.files import to_json
 from ..config import ThinkerConfig
 from ..formats import open_model
 from .generate import Flag
@@ -37,7 +37,7 @@ def run(options: Options) -> int:
         report = measure(files, QUICK if options.quick else Patience(), lambda line: status.update(f"{line} …"))
         as_json = report.to_json()  # memory is read once more for these limits
     if options.as_json:
-        print(json.dumps(as_json, indent=2))
+        print(to_json(as_json))
     else:
         show(report, Console(highlight=False))
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ import tyro
 from pydantic import BaseModel, Field, create_model
 from rich.console import Console
 
+from ..checkpoint.files import to_json
 from ..config import ThinkerConfig
 from ..train.config import TrainConfig, read_settings
 from .generate import Flag
@@ -89,7 +89,7 @@ def run(options: OwnOptions) -> int:
         give_account = summarise_chats if training.settings.chat else summarise
         report = give_account(training, reporter.rows, console, time.monotonic() - began)
     if options.json_report:
-        print(json.dumps(report, indent=2))
+        print(to_json(report))
     return 0
 
 
@@ -105,7 +105,7 @@ def _dry_run(options: OwnOptions, config: ThinkerConfig, settings: TrainConfig, 
     with repeatable(settings.threads), console.status("preparing") as status:
         report = dry_run(config, settings, given, memory, lambda line: status.update(f"{line} …"))
     if options.json_report:
-        print(json.dumps(report.to_json(), indent=2))
+        print(to_json(report.to_json()))
     else:
         show(report, Console(highlight=False))
     return 0 if report.fits else 1
