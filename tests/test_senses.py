@@ -407,11 +407,64 @@ def test_exact_answers_are_counted(folder, data, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["exact_match"][str(path)]["asked"] == 6
 
 
+def test_a_run_ends_with_what_its_corpus_held_out(data, tmp_path, monkeypatch):
+    """Catches a run that fails at its end over text, dollar signs, or what was skipped; and figures of trained rows."""
+    (tmp_path / "senses.json").write_text(json.dumps({"image": SENSES["image"]}), encoding="utf-8")
+
+    def pictures_of(words: str) -> list[dict[str, object]]:
+        return [row([part("image", f"{i}.png"), {"type": "text", "text": words}], "yes") for i in range(24)]
+
+    rows = {
+        "good": pictures_of("Is $x_$?"),
+        "few": pictures_of("which?")[:12],
+        "mixed": [
+            *(one for i, name in enumerate(["missing.png", "http://x/y.png"] * 12) for one in (
+                row([part("image", name), {"type": "text", "text": f"{i}?"}], "none"),
+                row([part("image", f"{i}.png"), {"type": "text", "text": "long " * 90}], "too long"),
+                row([part("audio", f"{i}.wav"), {"type": "text", "text": "what?"}], "unheard"),
+                row(f"text {i}", "text"),
+            )),
+            *pictures_of("how many $_$?"),
+        ],
+    }  # fmt: skip
+    names = [str(tmp_path / f"{name}.jsonl") for name in rows]
+    for name, some in zip(names, rows.values(), strict=True):
+        Path(name).write_text("\n".join(map(json.dumps, some)), encoding="utf-8")
+    wanted = settings(data, tmp_path / "run", steps=1).model_copy(update={"data": tuple(names)})
+    with repeatable(None):
+        fit(run := begin(CONFIG, wanted, set(), lambda line: None), Silent())
+    seen: list[str] = []
+
+    def asked(llm, some, _):
+        seen.extend(one.where for one in some)
+        return answers(llm, some, 4)
+
+    monkeypatch.setattr("thinker.train.senses_summary.answers", asked)
+    report = summarise_senses(run.folder, names, run.corpus, Console(file=io.StringIO()))
+    pictures = {
+        f"{name}, line {number}"
+        for name, some in zip(names, rows.values(), strict=True)
+        for number, one in enumerate(some, start=1)
+        if one["messages"][1]["content"] == "yes"
+    }
+    held_out = {item[1].where for item in open_chats(names).sides() if item[0] == "valid"}
+    alone = {item[1].where for name in names for item in open_chats([name]).sides() if item[0] == "valid"}
+    assert alone - held_out  # else there is nothing to be taken for held out
+    assert sorted(seen) == sorted(held_out & pictures)
+    assert sum(one["asked"] for one in report.values()) == len(seen)
+    assert (run.folder / "answers.png").stat().st_size > 10_000
+    (tmp_path / seen[0].split(", ")[0]).unlink()
+    out = io.StringIO()
+    summarise_senses(run.folder, names, run.corpus, Console(file=out, width=500))
+    assert "not asked: " in out.getvalue()
+
+
 def test_results_in_a_file_stand_line_by_line(folder, data, monkeypatch):
     """Catches a bar that leaves an empty line between two results where nobody sees bars."""
+    corpus = begin(CONFIG, settings(data, folder), set(), lambda line: None).corpus
     monkeypatch.setattr("thinker.train.senses_summary.answers", lambda llm, some, _: answers(llm, some[:2], 2))
     out = io.StringIO()
-    summarise_senses(folder, [str(data), str(data)], Console(file=out, width=500))
+    summarise_senses(folder, [str(data), str(data)], corpus, Console(file=out, width=500))
     heading, *results = out.getvalue().strip().splitlines()[:3]
     assert heading.endswith("exact answers:")
     assert all("% of " in line for line in results)

@@ -38,10 +38,9 @@ class Answer:
         return text_of(self.asked[-1]["content"])
 
 
-def conversations_of(name: str, held_out_only: bool | None = None) -> list[Conversation]:
-    """What to ask: of a named set what is held out, else all by default. Raises `ValueError` if there is nothing."""
-    if held_out_only is None:
-        held_out_only = name in DIGIT_SETS or name in CHAT_NAMES
+def conversations_of(name: str) -> list[Conversation]:
+    """What to ask: of a named set what is held out, else all. Raises `ValueError` if there is nothing."""
+    held_out_only = name in DIGIT_SETS or name in CHAT_NAMES
     found = []
     for item in open_chats([name]).sides():
         if isinstance(item, Skipped) or (held_out_only and item[0] != "valid"):

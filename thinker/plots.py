@@ -93,7 +93,10 @@ def answered(path: Path, examples: Sequence[Example]) -> None:
         about = "" if exact else f"\n(right: {example.right})"
         last = grid[len(example.media) - 1, column]
         last.set_xlabel(
-            f"{example.question}\n{example.said}{about}", fontsize=12, color="#2c7a3f" if exact else HELD_OUT
+            f"{example.question}\n{example.said}{about}",
+            fontsize=12,
+            color="#2c7a3f" if exact else HELD_OUT,
+            parse_math=False,  # two dollar signs are no formula
         )
     figure.suptitle(
         "Never seen nor heard in training: what it was given, the question, its answer. Red: what it attended to as it "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -70,12 +71,17 @@ class ChatCorpus:
 
     def too_long(self, ctx_len: int) -> list[str]:
         """Where the conversations stand that don't fit into the context."""
-        places = []
-        for split, chats in zip(SPLITS, (self.train, self.valid), strict=True):
-            if len(over := np.flatnonzero(chats.places > ctx_len)):
-                lines = (self.folder / f"{split}.where").read_text(encoding="utf-8").splitlines()
-                places += [lines[i] for i in over.tolist()]
-        return places
+        return self._where("train", self.train.places > ctx_len) + self._where("valid", self.valid.places > ctx_len)
+
+    def held_out(self, ctx_len: int) -> list[str]:
+        """Where the held-out conversations stand that fit into the context."""
+        return self._where("valid", self.valid.places <= ctx_len)
+
+    def _where(self, split: Split, chosen: np.ndarray) -> list[str]:
+        if not chosen.any():
+            return []
+        lines = (self.folder / f"{split}.where").read_text(encoding="utf-8").splitlines()
+        return list(itertools.compress(lines, chosen.tolist()))
 
     def __str__(self) -> str:
         sides = ", ".join(

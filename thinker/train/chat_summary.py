@@ -58,7 +58,7 @@ def summarise_chats(run: Run, rows: list[dict[str, Any]], console: Console, wall
         console.print(Panel(shown, title=kind, title_align="left", width=100))
     with_senses = {}
     if run.senses is not None and corpus.media is not None:
-        with_senses = {"held_out_exact": summarise_senses(run.folder, run.settings.data, console)}
+        with_senses = {"held_out_exact": summarise_senses(run.folder, run.settings.data, corpus, console)}
     folder = escape(str(run.folder))
     console.print(
         f"The loss as a picture: {picture}\n\nNext:\n  thinker chat {folder}\n"

@@ -8,16 +8,19 @@ The model is opened as anybody would open it, from its folder. What else a run o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 
-from ..answers import Answer, answers, by_question, conversations_of, share
+from ..answers import Answer, answers, by_question, share
+from ..data.chat_shards import ChatCorpus
+from ..data.chats import Conversation, Skipped, open_chats
 from ..llm import LLM, load
 from ..messages import media_parts
 from ..modality.media import medium_of
@@ -29,23 +32,23 @@ SHOWN = 8
 ANSWER_TOKENS = 32
 
 
-def summarise_senses(folder: Path, data: Sequence[str], console: Console) -> dict[str, Any]:
+def summarise_senses(folder: Path, data: Sequence[str], corpus: ChatCorpus, console: Console) -> dict[str, Any]:
     """Ask what is held out of each set, show the shares and return them as a JSON object; draw `answers.png`."""
     llm = load(folder, backend="torch")
+    places = frozenset(corpus.held_out(llm.config.ctx_len))
     report: dict[str, Any] = {}
     examples: list[Answer] = []
     console.print("\nHeld-out pictures and sounds, exact answers:")
     for name in data:
-        conversations = spread(conversations_of(name, held_out_only=True), ASKED)
-        if not any(conversation.media for conversation in conversations):
+        try:
+            given = asked(llm, name, places, console)
+        except ValueError as error:  # a file that is gone since: the run is done all the same
+            console.print(f"  {escape(name)}: not asked: {escape(str(error))}", highlight=False)
             continue
-        given: list[Answer] = []
-        starts = range(0, len(conversations), 32)
-        quiet = not console.is_interactive  # where a bar would leave an empty line
-        for start in track(starts, f"asking {name}", console=console, transient=True, disable=quiet):
-            given += answers(llm, conversations[start : start + 32], ANSWER_TOKENS)
+        if not given:
+            continue
         report[name] = {"asked": len(given), "exact": share(given)}
-        console.print(f"  {name:14} [bold]{share(given):6.1%}[/] of {len(given)}", highlight=False)
+        console.print(f"  {escape(name):14} [bold]{share(given):6.1%}[/] of {len(given)}", highlight=False)
         kinds = by_question(given)
         for some in kinds.values() if len(kinds) <= 4 else [given]:
             examples += some[len(some) // 2 :][:2]
@@ -54,6 +57,26 @@ def summarise_senses(folder: Path, data: Sequence[str], console: Console) -> dic
         answered(picture, [example_of(llm, one) for one in spread(examples, SHOWN)])
         console.print(f"Examples with what it attended to: {picture}", highlight=False)
     return report
+
+
+def asked(llm: LLM, name: str, places: Container[str], console: Console) -> list[Answer]:
+    """Answers to what stands in these places of a set. Raises `ValueError` for a file that can't be read any more."""
+    conversations = spread(with_media(name, places), ASKED)
+    given: list[Answer] = []
+    starts = range(0, len(conversations), 32)
+    quiet = not console.is_interactive  # where a bar would leave an empty line
+    for start in track(starts, f"asking {escape(name)}", console=console, transient=True, disable=quiet):
+        given += answers(llm, conversations[start : start + 32], ANSWER_TOKENS)
+    return given
+
+
+def with_media(name: str, places: Container[str]) -> list[Conversation]:
+    """The conversations of a set in these places that show or play something and end with the assistant's turn.
+
+    The places are the corpus's: alone a set may be split elsewhere than beside others, and holds what was left out.
+    """
+    found = [item[1] for item in open_chats([name]).sides() if not isinstance(item, Skipped)]
+    return [one for one in found if one.where in places and one.media and one.messages[-1]["role"] == "assistant"]
 
 
 def spread(items: Sequence[Any], count: int) -> list[Any]:
@@ -66,7 +89,8 @@ def example_of(llm: LLM, answer: Answer) -> Example:
     """An answer with what its tokens were drawn from: attention, mean over them, layers and heads."""
     embeddings, stands_for = llm.reader.prompt(answer.asked)
     table = llm.model.tok_emb.weight
-    said = table[llm.tokenizer.encode(answer.said)]
+    # Bytes that are no text were said as one token each, and are three or more when they are read again.
+    said = table[llm.tokenizer.encode(answer.said)[: llm.config.ctx_len - len(embeddings)]]
     traced = trace(llm.model, embeddings=torch.cat([torch.from_numpy(embeddings).to(table), said])[None])
     T = len(embeddings)
     seen = torch.stack([layer[0, :, T - 1 :, :T].mean(dim=(0, 1)) for layer in traced.attention]).mean(dim=0)  # (T,)
