@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import struct
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from thinker.modality.media import Medium, attachment, medium_of, positions
-from thinker.modality.settings import SensesConfig
+from thinker.modality.settings import NotInstalled, SensesConfig
 from thinker.modality.sounds import log_mel, mel_filters
 
 SENSES = SensesConfig.model_validate(
@@ -170,6 +171,22 @@ def test_sounds_that_are_refused_with_their_name(tmp_path):
             sound(tmp_path / name)
         assert reason in str(caught.value), name
         assert name in str(caught.value)
+
+
+def test_another_rate_needs_a_package(tmp_path, monkeypatch):
+    """Catches a traceback where one of the packages for sounds is there and the other one is not."""
+    soundfile.write(tmp_path / "x.wav", tone(44_100), 44_100)
+    monkeypatch.setitem(sys.modules, "scipy.signal", None)
+    with pytest.raises(NotInstalled, match=r"8,000 samples per second need scipy: pip install 'thinker\[senses\]'"):
+        sound(tmp_path / "x.wav")
+
+
+def test_the_longest_recording_has_room(tmp_path):
+    """Catches an encoder that is one position short of a recording that is just as long as allowed."""
+    soundfile.write(tmp_path / "x.wav", tone(44_100, 0.1199), 44_100)
+    config = SensesConfig.model_validate({"audio": {"kind": "log-mel", "max_seconds": 0.1199}})
+    frames = Medium("audio", "x.wav", tmp_path / "x.wav").prepared(config)
+    assert positions(config, "audio", frames) == config.audio.max_positions
 
 
 def test_data_uris(tmp_path):

@@ -49,6 +49,16 @@ def test_media_are_prepared_again_when_they_would_become_something_else(field, v
     assert (one.preparation() != other.preparation()) is prepared
 
 
+def test_features_of_another_width_are_looked_at_again():
+    """Catches a width of the pictures' features that is lost beside that of the sounds'."""
+    made = [
+        SensesConfig.model_validate({kind: {"kind": "features", "width": width} for kind, width in widths.items()})
+        for widths in ({"image": 8, "audio": 6}, {"image": 7, "audio": 6}, {"image": 8, "audio": 5}, {"image": 6})
+    ]
+    keys = [str(one.preparation()) for one in made]
+    assert len(set(keys)) == len(keys)
+
+
 def test_patches_stand_in_reading_order():
     """Catches rows and columns exchanged: the patch that changes must be the one in that place."""
     encoder = randomise(PictureEncoder(PICTURE).double())

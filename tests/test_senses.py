@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -210,6 +211,21 @@ def test_one_bad_file_is_counted_unless_asked(data, tmp_path):
     assert len(run.corpus.train) + len(run.corpus.valid) == 70
     with pytest.raises(ValueError, match=r"chats.jsonl, line 10: 3.png: is no picture"):
         begin(CONFIG, settings(data, tmp_path / "other", strict_media=True), set(), lambda line: None)
+
+
+@pytest.mark.parametrize("package", ["soundfile", "PIL"])
+def test_a_missing_package_is_the_fault_of_no_file(folder, data, tmp_path, monkeypatch, package):
+    """Catches every sound skipped for want of a package, and still skipped, from the cache, once it is installed."""
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, package, None)
+        with pytest.raises(ValueError, match=r"^(sounds|pictures) need \w+: pip install 'thinker\[senses\]'$"):
+            begin(CONFIG, settings(data, tmp_path / "run"), set(), lambda line: None)
+        arguments = [str(data), "--using", str(folder), "--out", str(tmp_path / "out")]
+        with pytest.raises(ValueError, match="pip install"):
+            encode.run(parse(encode.Options, "encode", arguments))
+    assert not list((tmp_path / "cache" / "chats").iterdir())
+    corpus = begin(CONFIG, settings(data, tmp_path / "run"), set(), lambda line: None).corpus
+    assert len(corpus.train) + len(corpus.valid) == 72
 
 
 def test_a_frozen_thinker_stays(data, tmp_path):

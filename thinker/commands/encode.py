@@ -25,7 +25,7 @@ from ..answers import with_whole_paths
 from ..data.chats import Skipped, counted, listed, open_chats
 from ..messages import parts_of
 from ..modality.media import Medium, check_features, medium_of
-from ..modality.settings import Kind
+from ..modality.settings import Kind, NotInstalled
 from .generate import Flag, notice
 
 Encode = Callable[[Medium], np.ndarray]
@@ -59,6 +59,8 @@ def run(options: Options) -> int:
         for one in track(conversations, "encoding", console=console, transient=True):
             try:
                 row = {"messages": [encoded(m, options, encode, names) for m in with_whole_paths(one)]}
+            except NotInstalled:
+                raise
             except ValueError as error:
                 if options.strict_media:
                     raise ValueError(f"{one.where}: {error}") from None

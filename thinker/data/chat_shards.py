@@ -25,7 +25,7 @@ import numpy as np
 from ..chat import ChatFormat
 from ..messages import text_of
 from ..modality.sequence import Expanded, expand, placeholder_ids
-from ..modality.settings import Kind, SensesConfig
+from ..modality.settings import Kind, NotInstalled, SensesConfig
 from ..places import cache_folder
 from ..tokenizer import Tokenizer
 from . import store
@@ -212,6 +212,8 @@ def _build(
             advance(conversation.size)
             try:
                 numbered = _media(conversation, writer)
+            except NotInstalled:  # with the package it would be another corpus
+                raise
             except ValueError as error:
                 if strict_media:
                     raise ValueError(f"{conversation.where}: {error}") from None

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from .settings import PictureConfig
+from .settings import NotInstalled, PictureConfig
 
 MOST_PIXELS = 50_000_000  # of the file's picture: a decompression bomb has more
 
@@ -25,7 +25,7 @@ def read_picture(file: BinaryIO, name: str, config: PictureConfig) -> np.ndarray
     try:
         from PIL import Image, ImageOps
     except ImportError:
-        raise ValueError(f"{name}: pictures need Pillow: pip install 'thinker[senses]'") from None
+        raise NotInstalled("pictures", "Pillow") from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own bound warns, ours refuses

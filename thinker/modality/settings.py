@@ -6,6 +6,7 @@ here opens a file of a picture or a sound, and nothing imports torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +19,13 @@ Kind = Literal["image", "audio"]
 KINDS: tuple[Kind, ...] = ("image", "audio")
 
 AUDIO_STRIDE = 4  # log-mel frames that become one position: two convolutions of stride 2
+
+
+class NotInstalled(ValueError):
+    """Files of a kind can't be opened for want of a package: no fault of any of them, and the same for all."""
+
+    def __init__(self, what: str, package: str) -> None:
+        super().__init__(f"{what} need {package}: pip install 'thinker[senses]'")
 
 
 class _Part(BaseModel):
@@ -116,7 +124,7 @@ class SoundConfig(_Blocks):
     @property
     def max_positions(self) -> int:
         """Positions of the longest recording."""
-        return self.positions(1 + int(self.max_seconds * self.rate) // self.hop)
+        return self.positions(1 + math.ceil(self.max_seconds * self.rate) // self.hop)
 
     def positions(self, frames: int) -> int:
         """Positions of a recording of so many frames."""
@@ -163,9 +171,9 @@ class SensesConfig(_Part):
         """JSON values on which it depends what files become before any encoder sees them."""
         learned = {"width", "layers", "heads", "dropout", "frozen", "augment", "projector"}
         whole = self.model_dump(mode="json", include={"image", "audio"}, exclude={"image": learned, "audio": learned})
-        for config in (self.image, self.audio):
-            if isinstance(config, FeatureConfig):
-                whole[config.kind] = config.width
+        for kind in self.kinds:
+            if isinstance(config := self.of(kind), FeatureConfig):
+                whole[kind]["width"] = config.width
         return whole
 
     def to_json(self) -> dict[str, Any]:

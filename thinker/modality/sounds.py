@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from .settings import SoundConfig
+from .settings import NotInstalled, SoundConfig
 
 RANGE = 6.0  # powers of ten below the loudest that still count
 
@@ -30,7 +30,7 @@ def read_samples(file: BinaryIO, name: str, config: SoundConfig) -> tuple[np.nda
     try:
         import soundfile
     except ImportError:
-        raise ValueError(f"{name}: sounds need soundfile: pip install 'thinker[senses]'") from None
+        raise NotInstalled("sounds", "soundfile") from None
     try:
         with soundfile.SoundFile(file) as sound:
             seconds = sound.frames / sound.samplerate
@@ -58,8 +58,10 @@ def resampled(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:
     """Samples (N,) at another rate, through scipy's polyphase filter."""
     if rate == wanted:
         return samples
-    from scipy.signal import resample_poly
-
+    try:
+        from scipy.signal import resample_poly
+    except ImportError:
+        raise NotInstalled(f"sounds of other than {wanted:,} samples per second", "scipy") from None
     common = math.gcd(rate, wanted)
     return resample_poly(samples, wanted // common, rate // common).astype(np.float32)
 
