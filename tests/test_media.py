@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import torch
 from PIL import Image
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as torch_file
 
 from thinker.modality.media import Medium, attachment, medium_of, positions
 from thinker.modality.settings import NotInstalled, SensesConfig
@@ -214,19 +216,30 @@ def test_paths_begin_at_the_folder_of_their_file(tmp_path):
 
 
 def test_features_from_elsewhere(tmp_path):
-    """Catches a width that is not looked at, a vector taken for n features of width 1, and a pickle that is opened."""
+    """Catches a width that is not looked at, a vector taken for n features, a pickle that is opened, and tracebacks."""
     values = np.arange(6, dtype=np.float16).reshape(2, 3)
     np.save(tmp_path / "two.npy", values)
     np.save(tmp_path / "one.npy", values[0])
     np.save(tmp_path / "wide.npy", np.zeros((2, 4)))
     np.save(tmp_path / "nan.npy", np.full((1, 3), np.nan))
+    np.save(tmp_path / "large.npy", np.full((1, 3), 1e300))
+    np.save(tmp_path / "none.npy", np.zeros((0, 3)))
     np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
+    np.savez(tmp_path / "archive.npz", values)
+    (tmp_path / "archive.npz").rename(tmp_path / "archive.npy")
+    whole = (tmp_path / "two.npy").read_bytes()
+    (tmp_path / "torn.npy").write_bytes(whole.replace(b"(2, 3)", b"(2, 3 "))
+    with (tmp_path / "lying.npy").open("wb") as file:
+        about = {"descr": "<f8", "fortran_order": False, "shape": (10**12, 3)}
+        np.lib.format.write_array_header_1_0(file, about)
     save_file({"features": values}, tmp_path / "two.safetensors")
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        torch_file({"features": torch.from_numpy(values).to(dtype)}, tmp_path / f"{dtype}.safetensors")
 
     def prepared(name: str) -> np.ndarray:
         return Medium("image", name, tmp_path / name).prepared(FEATURES)
 
-    for name in ("two.npy", "two.safetensors"):
+    for name in ("two.npy", "two.safetensors", "torch.bfloat16.safetensors", "torch.float8_e4m3fn.safetensors"):
         assert prepared(name).tolist() == values.tolist()
         assert positions(FEATURES, "image", prepared(name)) == 2
     assert prepared("one.npy").shape == (1, 3)
@@ -234,7 +247,12 @@ def test_features_from_elsewhere(tmp_path):
     for name, reason in {
         "wide.npy": "features are 4 wide, this model takes 3",
         "nan.npy": "NaN",
+        "large.npy": "too large for float32",
+        "none.npy": r"features are float64 of shape \(0, 3\)",
         "objects.npy": "can't be read as .npy",
+        "archive.npy": "can't be read as .npy",
+        "torn.npy": "can't be read as .npy",
+        "lying.npy": "can't be read as .npy",
         "x.png": "thinker encode",
     }.items():
         with pytest.raises(ValueError, match=reason):

@@ -130,20 +130,21 @@ def check_features(array: np.ndarray, name: str, width: int | None = None) -> np
         raise ValueError(f"{name}: features are {array.dtype} of shape {shape}: give numbers, n × width")
     if width is not None and array.shape[1] != width:
         raise ValueError(f"{name}: features are {array.shape[1]} wide, this model takes {width}")
-    array = array.astype(np.float32)
+    with np.errstate(over="ignore"):  # refused below
+        array = array.astype(np.float32)
     if not np.isfinite(array).all():
-        raise ValueError(f"{name}: holds NaN or infinity")
+        raise ValueError(f"{name}: holds NaN, infinity, or what is too large for float32")
     return array
 
 
 def _read_features(path: Path, name: str) -> np.ndarray:
     if path.suffix.lower() == ".npy":
-        try:
-            return np.load(path, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
+        try:  # mapped, so that a shape beyond the file's end is no reason to ask for the memory
+            return np.lib.format.open_memmap(path, mode="r")
+        except Exception as error:  # numpy takes the header for Python, and a damaged one may raise whatever it likes
             raise ValueError(f"{name}: can't be read as .npy ({error})") from None
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors.torch import load_file  # numpy alone knows no bfloat16
 
     try:
         tensors = load_file(path)
@@ -151,7 +152,8 @@ def _read_features(path: Path, name: str) -> np.ndarray:
         raise ValueError(f"{name}: can't be read as safetensors ({error})") from None
     if len(tensors) != 1:
         raise ValueError(f"{name}: holds {len(tensors)} tensors: give one, n × width")
-    return next(iter(tensors.values()))
+    tensor = next(iter(tensors.values()))
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
 
 def medium_of(part: Part, folder: Path | None = None) -> Medium:
