@@ -66,6 +66,32 @@ def test_every_kind_of_picture_becomes_grey_of_one_size(tmp_path, mode):
     assert pixels[:, 10:].min() > 215
 
 
+def test_greys_of_any_range_are_spread_and_turned_alike(tmp_path):
+    """Catches a range below zero or beyond 16 bits that is cut off, and a turned scan that only 8 bits turn upright."""
+    grey = np.add.outer(3 * np.arange(64), np.arange(64)).astype(np.uint8)
+    turned = Image.Exif()
+    turned[0x112] = 6
+    Image.fromarray(grey).save(tmp_path / "x.png", exif=turned)
+    upright = picture(tmp_path / "x.png").astype(int)
+    for name, values in {
+        "half.png": grey.astype(np.uint16) * 257,
+        "unit.tif": (grey / 255).astype(np.float32),
+        "signed.tif": (grey / 126 - 1).astype(np.float32),
+        "below.tif": grey.astype(np.int32) - 128,
+        "large.tif": grey.astype(np.int32) * 100_000,
+    }.items():
+        Image.fromarray(values).save(tmp_path / name, exif=turned)
+        spread = picture(tmp_path / name) * (252 / 255 if name in ("signed.tif", "below.tif", "large.tif") else 1)
+        np.testing.assert_allclose(spread, upright, atol=1.5, err_msg=name)
+
+
+def test_the_photo_of_a_camera_with_views_is_the_first(tmp_path):
+    """Catches a phone's photo refused as animated for the preview that lies behind it."""
+    photo, view = Image.new("RGB", (8, 8), "white"), Image.new("RGB", (4, 4), "black")
+    photo.save(tmp_path / "x.jpg", format="MPO", save_all=True, append_images=[view])
+    assert picture(tmp_path / "x.jpg").min() > 250
+
+
 def test_transparency_lies_on_white(tmp_path):
     """Catches a transparent picture whose hidden colour, mostly black, is what the model sees."""
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "x.png")
@@ -87,6 +113,7 @@ def test_pictures_that_are_refused_with_their_name(tmp_path):
     (tmp_path / "cut.png").write_bytes(bomb(100, 100))
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "empty.png").write_bytes(b"")
+    Image.fromarray(np.array([[0.5, np.inf], [np.nan, 0.1]], np.float32)).save(tmp_path / "endless.tif")
     frames = [Image.new("L", (4, 4), shade) for shade in (0, 100, 200)]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     for name, reason in {
@@ -95,6 +122,7 @@ def test_pictures_that_are_refused_with_their_name(tmp_path):
         "cut.png": "is damaged",
         "text.png": "is no picture",
         "empty.png": "the file is empty",
+        "endless.tif": "holds NaN or infinity",
         "moving.gif": "is animated, 3 frames",
         "missing.png": "No such file",
         ".": "is a folder",

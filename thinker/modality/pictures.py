@@ -36,11 +36,12 @@ def read_picture(file: BinaryIO, name: str, config: PictureConfig) -> np.ndarray
                     f"{name}: {width} × {height} is {width * height:,} pixels, more than the {MOST_PIXELS:,} that are "
                     "decoded: scale it down first"
                 )
-            if (frames := getattr(picture, "n_frames", 1)) > 1:
+            # In a camera's MPO the first picture is the photo, and the others are views or previews of it.
+            if picture.format != "MPO" and (frames := getattr(picture, "n_frames", 1)) > 1:
                 raise ValueError(f"{name}: is animated, {frames} frames where 1 is taken: save one of them")
-            if picture.mode in ("I", "F", "I;16", "I;16B"):
-                picture = _eight_bits(picture)
             picture = ImageOps.exif_transpose(picture)
+            if picture.mode in ("I", "F", "I;16", "I;16B"):
+                picture = _eight_bits(picture, name)
             if "A" in picture.getbands() or "transparency" in picture.info:
                 picture = picture.convert("RGBA")
                 ground = Image.new("RGBA", picture.size, "white")
@@ -62,11 +63,13 @@ def _said(error: BaseException) -> str:
     return "is no picture that Pillow can read" if "cannot identify" in text or not text else f"is damaged ({text})"
 
 
-def _eight_bits(picture):  # type: ignore[no-untyped-def]
-    """16-bit and float greys spread over 0 to 255; Pillow alone would cut them off."""
+def _eight_bits(picture, name):  # type: ignore[no-untyped-def]
+    """16-bit, 32-bit and float greys spread over 0 to 255; Pillow alone would cut them off."""
     from PIL import Image
 
-    values = np.asarray(picture, np.float32)
-    low, high = float(values.min()), float(values.max())
-    top = 65535.0 if picture.mode.startswith("I") and high > 255 else max(high, 1.0)
-    return Image.fromarray(np.clip(255 * (values - min(low, 0.0)) / top, 0, 255).astype(np.uint8))
+    values = np.asarray(picture, np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name}: holds NaN or infinity")
+    low, high = min(float(values.min()), 0.0), float(values.max())
+    white = max(high, 65535.0 if picture.mode.startswith("I") and high > 255 else 1.0)
+    return Image.fromarray(np.round(255 * ((values - low) / (white - low))).astype(np.uint8))

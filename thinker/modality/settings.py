@@ -18,6 +18,7 @@ from ..config import ThinkerConfig, explain, read_json_with_comments
 Kind = Literal["image", "audio"]
 KINDS: tuple[Kind, ...] = ("image", "audio")
 
+PREPARATION = 1  # raise it when the same file would be prepared otherwise, or no longer be refused
 AUDIO_STRIDE = 4  # log-mel frames that become one position: two convolutions of stride 2
 
 
@@ -174,7 +175,7 @@ class SensesConfig(_Part):
         for kind in self.kinds:
             if isinstance(config := self.of(kind), FeatureConfig):
                 whole[kind]["width"] = config.width
-        return whole
+        return whole | {"version": PREPARATION}
 
     def to_json(self) -> dict[str, Any]:
         """As JSON holds it."""
