@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import sys
 from pathlib import Path
 
 import torch
@@ -50,12 +51,17 @@ class Classifier(nn.Module):
 
 
 def lines_by_class(per_class: int) -> list[tuple[str, str]]:
-    """(line, module), shuffled: as many from each module, and only lines that no other module has."""
+    """(line, module), shuffled: as many from each module, and only lines that no other module has.
+
+    Raises `ValueError` with both numbers where a module has fewer.
+    """
     draws, pairs = random.Random(0), []
     sources = {name: Path(importlib.util.find_spec(name).origin).read_text(encoding="utf-8") for name in MODULES}
     lines = {name: {line.strip() for line in text.splitlines() if len(line) > 30} for name, text in sources.items()}
     for name in MODULES:
         own = lines[name].difference(*(lines[other] for other in MODULES if other != name))
+        if len(own) < per_class:
+            raise ValueError(f"{name} has {len(own):,} lines of its own, fewer than the {per_class:,} asked for")
         pairs += [(line, name) for line in draws.sample(sorted(own), per_class)]
     draws.shuffle(pairs)
     return pairs
@@ -117,4 +123,8 @@ def main(model: str = "", out: Path = Path("runs/classifier"), freeze: bool = Fa
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    try:
+        tyro.cli(main)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -66,6 +66,12 @@ def test_classify_on_a_checkpoint(classify: ModuleType, tmp_path: Path) -> None:
         assert torch.equal(saved[f"model.{name}"], parameter)
 
 
+def test_classify_says_how_many_lines_there_are(classify: ModuleType) -> None:
+    """Catches a traceback of a sample that is larger than its population."""
+    with pytest.raises(ValueError, match=r"argparse has [\d,]+ lines of its own, fewer than the 50,000 asked for"):
+        classify.lines_by_class(50_000)
+
+
 def test_classify_rows_do_not_depend_on_their_neighbours(classify: ModuleType) -> None:
     """Catches a mean that takes the padding in."""
     pairs = classify.lines_by_class(20)

@@ -232,6 +232,7 @@ def test_data_uris(tmp_path):
         "data:image/png": "comma",
         "data:,": "no bytes",
         "https://example.org/x.png": "nothing is fetched",
+        "a\0b.png": r"a\\x00b\.png",
     }.items():
         with pytest.raises(ValueError, match=reason):
             medium_of({"type": "image", "image": bad})

@@ -386,6 +386,9 @@ def test_models_without_senses_and_files_without_sense_are_refused(folder, data,
         llm.generate("?", attach=["nowhere.png"])
     with pytest.raises(ValueError, match="give a list of files"):
         llm.generate("?", attach="7.png")
+    for odd in (None, b"7.png", Image.new("L", (4, 4))):
+        with pytest.raises(ValueError, match="give a list of files"):
+            llm.generate("?", attach=[data.parent / "1.png", odd])
     for name in ("modality.safetensors", "modality.json"):
         (folder / name).rename(tmp_path / name)
     own = json.loads((folder / "thinker.json").read_text())

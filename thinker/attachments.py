@@ -86,6 +86,8 @@ def as_parts(attach: Sequence[Attachable]) -> list[Part]:
     """Files, or parts of messages, as parts. Raises `ValueError` for what is neither a picture nor a sound."""
     if isinstance(attach, str | Path | Mapping):
         raise ValueError(f"attach is {attach!r}: give a list of files")
+    if odd := [one for one in attach if not isinstance(one, str | Path | Mapping)]:
+        raise ValueError(f"attach holds {odd[0]!r:.80}: give a list of files")
     return [one if isinstance(one, Mapping) else attachment(one) for one in attach]
 
 

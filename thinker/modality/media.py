@@ -159,7 +159,8 @@ def _read_features(path: Path, name: str) -> np.ndarray:
 def medium_of(part: Part, folder: Path | None = None) -> Medium:
     """What a part of a message means, `{"type": "image", "image": "7.png"}` say; relative paths begin at `folder`.
 
-    Raises `ValueError` for a data URI that is none, and for addresses on the network, which are never fetched.
+    Raises `ValueError` for a data URI that is none, for what can be no file's name, and for addresses on the network,
+    which are never fetched.
     """
     kind: Kind = part["type"]
     given = file_of(part)
@@ -167,6 +168,8 @@ def medium_of(part: Part, folder: Path | None = None) -> Medium:
         return _from_uri(kind, given)
     if "://" in given:
         raise ValueError(f"{given[:80]}: nothing is fetched from the network: download it and give the file")
+    if "\0" in given:
+        raise ValueError(f"{given[:80]!r}: no file's name holds a zero byte")
     path = expand_home(given)
     return Medium(kind, given, path if folder is None or path.is_absolute() else folder / path)
 
