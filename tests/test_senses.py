@@ -516,6 +516,34 @@ def test_features_computed_once_train_as_well(folder, data, tmp_path, capsys):
     capsys.readouterr()
 
 
+def test_encode_can_be_corrected_and_asked_again(data, tmp_path):
+    """Catches half a data.jsonl that the corrected command takes for a finished one, and tracebacks for mistakes."""
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\nimport dataclasses\nimport numpy\n"
+        "@dataclasses.dataclass\nclass Size:\n    width: int = 5\n"
+        "def features(path):\n    return numpy.ones((2, Size().width))\n"
+    )
+    (tmp_path / "7.png").rename(tmp_path / "away.png")
+
+    def encoded(using: str, out: str = "out") -> None:
+        arguments = [str(data), "--using", using, "--out", str(tmp_path / out), "--strict-media"]
+        assert encode.run(parse(encode.Options, "encode", arguments)) == 0
+
+    right = f"{tmp_path / 'mine.py'}:features"
+    for using, out, message in (
+        (".mine:features", "out", r"\.mine: is relative"),
+        (right, "1.png", r"1\.png: File exists: choose another folder"),
+        (right, "out", r"line 22: .*7\.png"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            encoded(using, out)
+    (tmp_path / "away.png").rename(tmp_path / "7.png")
+    encoded(right)
+    assert len((tmp_path / "out" / "data.jsonl").read_text().splitlines()) == 72
+    with pytest.raises(ValueError, match=r"data\.jsonl exists"):
+        encoded(right)
+
+
 # The named sets
 
 

@@ -51,11 +51,15 @@ def run(options: Options) -> int:
         raise ValueError(f"{options.out / 'data.jsonl'} exists: choose another folder with --out")
     encode = encoder(options.using)
     conversations = [item[1] for item in open_chats(options.data).sides() if not isinstance(item, Skipped)]
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{options.out}: {error.strerror}: choose another folder with --out") from None
+    unfinished = options.out / "data.jsonl.part"
     names: dict[str, str] = {}
     left_out: list[str] = []
     console = Console(stderr=True)
-    with (options.out / "data.jsonl").open("w", encoding="utf-8") as file:
+    with unfinished.open("w", encoding="utf-8") as file:
         for one in track(conversations, "encoding", console=console, transient=True):
             try:
                 row = {"messages": [encoded(m, options, encode, names) for m in with_whole_paths(one)]}
@@ -71,6 +75,7 @@ def run(options: Options) -> int:
         notice(f"left out {counted(len(left_out), 'conversation')}: {listed(left_out)}")
     if not names:
         raise ValueError(f"{', '.join(options.data)}: no {' and no '.join(options.kind)} could be encoded")
+    unfinished.replace(options.out / "data.jsonl")
     print(f"{options.out}/data.jsonl: features of {len(names):,} files", file=sys.stderr)
     return 0
 
@@ -134,14 +139,16 @@ def module_of(place: str) -> Any:
     """A module by its name or its file. Raises `ValueError` where there is none."""
     path = Path(place)
     if path.suffix != ".py":
+        if place.startswith("."):
+            raise ValueError(f"{place}: is relative to nothing: give the module's whole name, or FILE.py")
         try:
             return importlib.import_module(place)
         except ImportError as error:
             raise ValueError(f"{place}: can't be imported ({error})") from None
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"encoder {path.stem}", path)  # never the name of another module
     if spec is None or spec.loader is None or not path.is_file():
         raise ValueError(f"{path}: no such file")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
     try:
         spec.loader.exec_module(module)
     except ImportError as error:
