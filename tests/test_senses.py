@@ -489,7 +489,7 @@ def test_results_in_a_file_stand_line_by_line(folder, data, monkeypatch):
     assert all("% of " in line for line in results)
 
 
-def test_features_computed_once_train_as_well(folder, data, tmp_path, capsys):
+def test_features_computed_once_train_as_well(folder, data, tmp_path, capsys, monkeypatch):
     """Catches features that lose their order or their width on the way, and a callable's mistakes without the file."""
     out = tmp_path / "features"
     arguments = [str(data), "--using", str(folder), "--out", str(out)]
@@ -506,6 +506,12 @@ def test_features_computed_once_train_as_well(folder, data, tmp_path, capsys):
     run = train(out / "data.jsonl", tmp_path / "run", senses=None)
     assert run.senses.config.image.kind == run.senses.config.audio.kind == "features"
     assert run.senses.config.image.width == 16
+    examples = []
+    monkeypatch.setattr("thinker.train.senses_summary.answered", lambda path, some: examples.extend(some))
+    summarise_senses(run.folder, [str(out / "data.jsonl")], run.corpus, Console(file=io.StringIO()))
+    shown = [one for example in examples for one in example.media]
+    assert {one.kind for one in shown} == {"image", "audio"}
+    assert all(one.values is None and one.attention.ndim == 1 for one in shown)
     (tmp_path / "mine.py").write_text("import numpy\ndef width5(path):\n    return numpy.ones((2, 5))\n")
     using = ["--using", f"{tmp_path / 'mine.py'}:width5", "--kind", "image"]
     encode.run(parse(encode.Options, "encode", [str(data), *using, "--out", str(tmp_path / "mine")]))

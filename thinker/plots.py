@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
+import unicodedata
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -13,6 +16,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INK, TRAIN, HELD_OUT = "#333333", "#9ab8d9", "#c2452d"
+COLUMN = 24  # letters that stand side by side under a picture
+# The first comes with matplotlib; the others have letters that it lacks, and none of them is everywhere.
+FONTS = (
+    "DejaVu Sans, Noto Sans, Noto Sans CJK SC, Noto Sans CJK JP, Noto Sans SC, Source Han Sans SC, WenQuanYi Zen Hei, "
+    "WenQuanYi Micro Hei, PingFang SC, Hiragino Sans, Microsoft YaHei, SimHei, Yu Gothic, Malgun Gothic"
+).split(", ")
 
 
 def loss_curve(
@@ -51,15 +60,21 @@ def loss_curve(
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture, uint8 (H, W) or (H, W, 3), or the log-mel frames of a sound (F, M), and what was looked at in it."""
+    """What a model was given, and what it attended to in it.
 
-    values: np.ndarray
-    attention: np.ndarray  # (rows, columns) of patches, or (positions,) in time
+    Values are a picture, uint8 (H, W) or (H, W, 3), the log-mel frames of a sound (F, M), or None for features.
+    """
+
+    kind: Literal["image", "audio"]
+    values: np.ndarray | None
+    attention: np.ndarray  # (rows, columns) of patches, or (positions,)
 
     @property
-    def is_sound(self) -> bool:
-        """Whether it is frames of a sound."""
-        return self.attention.ndim == 1
+    def title(self) -> str:
+        """What it is, in words."""
+        if self.values is None:
+            return f"{'picture' if self.kind == 'image' else 'recording'}, as features"
+        return "picture" if self.kind == "image" else "recording, pitch over time"
 
 
 @dataclass(frozen=True)
@@ -74,43 +89,61 @@ class Example:
 
 def answered(path: Path, examples: Sequence[Example]) -> None:
     """Examples with the model's answers as `path`: a column each, and in red what it attended to as it answered."""
+    import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.font_manager import get_font_names
 
-    tallest = max(len(example.media) for example in examples)
-    figure = Figure(figsize=(2.1 * len(examples), 2.2 * tallest + 1.2), dpi=120, layout="constrained")
-    grid = figure.subplots(tallest, len(examples), squeeze=False)
-    for column, example in enumerate(examples):
-        for row in range(tallest):
-            axes = grid[row, column]
-            axes.set_xticks([])
-            axes.set_yticks([])
-            if row >= len(example.media):
-                axes.set_visible(False)
-                continue
-            _show(axes, example.media[row])
-            axes.set_title("recording, pitch over time" if example.media[row].is_sound else "picture", fontsize=8)
-        exact = example.said.strip() == example.right.strip()
-        about = "" if exact else f"\n(right: {example.right})"
-        last = grid[len(example.media) - 1, column]
-        last.set_xlabel(
-            f"{example.question}\n{example.said}{about}",
-            fontsize=12,
-            color="#2c7a3f" if exact else HELD_OUT,
-            parse_math=False,  # two dollar signs are no formula
-        )
-    figure.suptitle(
+    heading = textwrap.fill(
         "Never seen nor heard in training: what it was given, the question, its answer. Red: what it attended to as it "
         "answered.",
-        fontsize=11,
+        COLUMN * len(examples),
     )
-    figure.savefig(path)
+    exact = [example.said.strip() == example.right.strip() for example in examples]
+    labels = []
+    for example, right in zip(examples, exact, strict=True):
+        lines = [example.question, example.said, *([] if right else [f"(right: {example.right})"])]
+        labels.append("\n".join(map(in_column, lines)))
+    tallest = max(len(example.media) for example in examples)
+    lines_of_text = max(label.count("\n") for label in labels) + heading.count("\n")
+    size = (2.1 * len(examples), 2.2 * tallest + 0.2 * lines_of_text + 0.8)
+    installed = set(get_font_names())
+    with matplotlib.rc_context({"font.family": [font for font in FONTS if font in installed]}):
+        figure = Figure(figsize=size, dpi=120, layout="constrained")
+        grid = figure.subplots(tallest, len(examples), squeeze=False)
+        for column, example in enumerate(examples):
+            for row in range(tallest):
+                axes = grid[row, column]
+                axes.set_xticks([])
+                axes.set_yticks([])
+                if row >= len(example.media):
+                    axes.set_visible(False)
+                    continue
+                _show(axes, example.media[row])
+                axes.set_title(example.media[row].title, fontsize=8)
+            color = "#2c7a3f" if exact[column] else HELD_OUT
+            last = grid[len(example.media) - 1, column]
+            last.set_xlabel(labels[column], fontsize=10, color=color, parse_math=False)  # two dollars are no formula
+        figure.suptitle(heading, fontsize=11)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # once for each letter that none has
+            figure.savefig(path)
+
+
+def in_column(text: str) -> str:
+    """A text in at most four lines of a column's width; Chinese letters, and boxes of control codes, count as two."""
+    wide = any(unicodedata.east_asian_width(c) in "WF" or unicodedata.category(c) == "Cc" for c in text)
+    return "\n".join(textwrap.wrap(text, COLUMN // 2 if wide else COLUMN, max_lines=4, placeholder=" …"))
 
 
 def _show(axes: Axes, shown: Shown) -> None:
-    """One picture or spectrogram, with attention as a red veil."""
-    height, width = (shown.values.T if shown.is_sound else shown.values).shape[:2]
+    """One picture or spectrogram with attention as a red veil; features as bars of attention."""
+    if shown.values is None:
+        axes.bar(range(len(shown.attention)), shown.attention, color=HELD_OUT)
+        return
+    sound = shown.kind == "audio"
+    height, width = (shown.values.T if sound else shown.values).shape[:2]
     extent = (0, width, 0, height)
-    if shown.is_sound:
+    if sound:
         axes.imshow(shown.values.T, origin="lower", cmap="gray_r", aspect="auto", extent=extent)
     else:
         axes.imshow(shown.values, cmap="gray", vmin=0, vmax=255, extent=extent, aspect="auto")

@@ -24,6 +24,7 @@ from ..data.chats import Conversation, Skipped, open_chats
 from ..llm import LLM, load
 from ..messages import media_parts
 from ..modality.media import medium_of
+from ..modality.settings import FeatureConfig
 from ..plots import Example, Shown, answered
 from ..trace import trace
 
@@ -104,10 +105,8 @@ def example_of(llm: LLM, answer: Answer) -> Example:
         weights = seen[torch.from_numpy(places[start : start + count])].cpu().numpy()
         start += count
         if prepared.ndim == 3:  # a square of patches
-            side = round(count**0.5)
-            shown.append(
-                Shown(prepared.squeeze(-1) if prepared.shape[-1] == 1 else prepared, weights.reshape(side, side))
-            )
-        else:
-            shown.append(Shown(prepared, weights))
+            weights = weights.reshape(2 * [round(count**0.5)])
+            prepared = prepared.squeeze(-1) if prepared.shape[-1] == 1 else prepared
+        features = isinstance(config.of(part["type"]), FeatureConfig)
+        shown.append(Shown(part["type"], None if features else prepared, weights))
     return Example(shown, answer.words, answer.right, answer.said)
