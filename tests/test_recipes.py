@@ -28,7 +28,8 @@ def test_what_a_person_set_stays():
     settings = TrainConfig(lr=3e-3, schedule="cosine", warmup=0.0, early_stop=0, beta2=0.9, batch_size=8)
     assert choose_first(TINY, settings, {"use_qk_norm"}) == []
     left = chosen(settings=settings, given={"dropout"}, epochs=9.0)
-    assert left == {"muon_lr": 1e-2, "weight_decay": 0.6, "inherit": 0.5, "average": 0.13, "tie_embeddings": True}
+    of_tokens = {"inherit": 0.5, "cooccurrence": 3, "tie_embeddings": True}
+    assert left == {"muon_lr": 1e-2, "weight_decay": 0.6, "average": 0.13} | of_tokens
     assert "weight_decay" not in chosen(settings=TrainConfig(weight_decay=0.0), epochs=9.0)
     assert "beta2_tokens" not in chosen(settings=TrainConfig(beta2_tokens=9.0))
 
@@ -115,11 +116,12 @@ def test_adamw_goes_slower_where_weights_decay():
     assert chosen(epochs=0.4, settings=TrainConfig(chat=True))["lr"] == 5e-3, "as conversations were measured"
 
 
-def test_tokens_inherit_in_a_new_model():
+def test_tokens_inherit_and_know_their_neighbours_in_a_new_model():
     """Bug: a trained model's rows move with each other, or letters, which have no parts, are told that they inherit."""
-    assert chosen()["inherit"] == 0.5
+    assert (chosen()["inherit"], chosen()["cooccurrence"]) == (0.5, 3)
     for settings in (TrainConfig(init="somewhere"), TrainConfig(tokenizer="char")):
-        assert "inherit" not in chosen(settings=settings)
+        assert not {"inherit", "cooccurrence"} & chosen(settings=settings).keys()
+    assert "cooccurrence" not in chosen(settings=TrainConfig(chat=True)), "of conversations only replies are learned"
 
 
 def test_a_trained_model_gets_lower_rates():
@@ -174,7 +176,8 @@ def test_a_run_takes_its_recipe_says_it_and_repeats_it_on_resuming(text, tmp_pat
     assert run.model.config == run.config
     assert run.model.blocks[0].dropout.p == run.model.dropout.p == run.model.config.dropout == 0.1
     assert any(line.startswith("dropout 0.1: short of data") for line in said)
-    assert set(said[1:]) <= set(run.decisions.reasons), "but for what was found in the text"
+    assert said[-1] == "counting which tokens follow which within 3"
+    assert set(said[1:-1]) <= set(run.decisions.reasons), "but for what was found in the text"
     assert run.optimizers[0].param_groups[0]["peak_lr"] == run.settings.muon_lr
     with repeatable(None):
         fit(run, Silent())

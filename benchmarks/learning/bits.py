@@ -26,7 +26,7 @@ from thinker.config import ThinkerConfig
 from thinker.data.shards import Corpus, prepare
 from thinker.train.config import TrainConfig
 from thinker.train.held_out import LOOKS
-from thinker.train.recipes import FROM_NOTHING, INHERIT, average_for, decay_for, dropout_for, lr_for, ties
+from thinker.train.recipes import COOCCURRENCE, FROM_NOTHING, INHERIT, average_for, decay_for, dropout_for, lr_for, ties
 from thinker.train.run import Run
 
 from ..precision import fast
@@ -42,7 +42,8 @@ LOOK_TOKENS = 5000  # of a look along the way, about
 ADAMW, OURS = "AdamW, cosine", "Thinker's recipe"
 LLAMA = f"{ADAMW}, no QK-norm"
 TIED, LLAMA_TIED = f"{ADAMW}, tied", f"{LLAMA}, tied"
-WITHOUT = f"{OURS}: no inheritance"
+UNCOUNTED = f"{OURS}: no co-occurrence"
+WITHOUT = f"{UNCOUNTED}, no inheritance"
 EARLIER = f"{WITHOUT}, lr 0.003"
 TINY = ThinkerConfig.model_validate({"dropout": 0.0, "use_qk_norm": True})
 
@@ -50,9 +51,11 @@ TINY = ThinkerConfig.model_validate({"dropout": 0.0, "use_qk_norm": True})
 PLAIN = {"optimizer": "adamw", "schedule": "cosine", "warmup": 0.05, "beta2": 0.95, "weight_decay": 0.1}
 PLAIN |= {"lr": 8e-3, "batch_size": 4}
 RECIPE = {"optimizer": "muon", "schedule": "linear", "warmup": 0.02, "batch_size": 4}
-RECIPE |= {"muon_lr": FROM_NOTHING["muon_lr"], "inherit": INHERIT}  # all else: by the tokens
+RECIPE |= {"muon_lr": FROM_NOTHING["muon_lr"], "inherit": INHERIT}
+RECIPE |= {"cooccurrence": COOCCURRENCE}  # all else: by the tokens
 BARE = PLAIN | {"use_qk_norm": False, "lr": 2e-3}
-BEFORE = RECIPE | {"inherit": 0.0, "lr": 3e-3}
+RANDOM = RECIPE | {"cooccurrence": 0}
+BEFORE = RANDOM | {"inherit": 0.0, "lr": 3e-3}
 SIDES: dict[str, dict[str, Any]] = {ADAMW: PLAIN, OURS: RECIPE, LLAMA: BARE}
 SIDES |= {LLAMA_TIED: BARE | {"tie_embeddings": True}, TIED: PLAIN | {"lr": 2e-3, "tie_embeddings": True}}
 TUNED: dict[str, dict[str, Any]] = {
@@ -64,17 +67,18 @@ TUNED: dict[str, dict[str, Any]] = {
     "AdamW, cosine: lr 0.016": PLAIN | {"lr": 1.6e-2},
     "AdamW, cosine: 2 rows, lr 0.004": PLAIN | {"batch_size": 2, "lr": 4e-3},
     "AdamW, cosine: warm-up 0.15": PLAIN | {"warmup": 0.15},
-    f"{OURS}: last weights": RECIPE | {"average": 0.0},
-    f"{OURS}: apart, last weights": RECIPE | {"average": 0.0, "tie_embeddings": False},
-    f"{OURS}: lr 0.003": RECIPE | {"lr": 3e-3},
-    f"{OURS}: lr 0.005": RECIPE | {"lr": 5e-3},
-    f"{OURS}: lr 0.008": RECIPE | {"lr": 8e-3},
-    f"{OURS}: lr 0.02": RECIPE | {"lr": 2e-2},
-    WITHOUT: RECIPE | {"inherit": 0.0},
+    UNCOUNTED: RANDOM,
+    f"{UNCOUNTED}, last weights": RANDOM | {"average": 0.0},
+    f"{UNCOUNTED}, apart, last weights": RANDOM | {"average": 0.0, "tie_embeddings": False},
+    f"{UNCOUNTED}, lr 0.003": RANDOM | {"lr": 3e-3},
+    f"{UNCOUNTED}, lr 0.005": RANDOM | {"lr": 5e-3},
+    f"{UNCOUNTED}, lr 0.008": RANDOM | {"lr": 8e-3},
+    f"{UNCOUNTED}, lr 0.02": RANDOM | {"lr": 2e-2},
+    WITHOUT: RANDOM | {"inherit": 0.0},
     EARLIER: BEFORE,
-    f"{OURS}: no decay": BEFORE | {"weight_decay": 0.0},
-    "Thinker's recipe: 8 rows": BEFORE | {"batch_size": 8},
-    "Thinker's recipe: lr 0.01": BEFORE | {"lr": 1e-2},
+    f"{UNCOUNTED}, no decay": BEFORE | {"weight_decay": 0.0},
+    f"{UNCOUNTED}, 8 rows": BEFORE | {"batch_size": 8},
+    f"{UNCOUNTED}, lr 0.01": BEFORE | {"lr": 1e-2},
 }
 
 

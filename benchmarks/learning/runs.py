@@ -25,6 +25,7 @@ from thinker.data.shards import Corpus
 from thinker.model import ThinkerLM
 from thinker.tokenizer import SMALLEST_VOCABULARY, Tokenizer
 from thinker.train.config import TrainConfig
+from thinker.train.cooccurrence import begin_from_neighbours
 from thinker.train.decide import Decisions, Precision, versions
 from thinker.train.loop import step_module, take_step, warm_up
 from thinker.train.optim import rate
@@ -80,7 +81,10 @@ def rehearse(
 ) -> Run:
     """A run of Thinker's network at step 0, nothing of it on disk."""
     torch.manual_seed(settings.seed)
-    return prepared(ThinkerLM(config), config, settings, text, precision, compiled)
+    model = ThinkerLM(config)
+    if settings.cooccurrence:
+        begin_from_neighbours(model, text.train, settings.cooccurrence)
+    return prepared(model, config, settings, text, precision, compiled)
 
 
 def prepared(

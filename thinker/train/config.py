@@ -45,6 +45,9 @@ class TrainConfig(BaseModel):
     inherit: float = Field(
         0.0, ge=0, lt=1, description="share of its two parts' rows that a merged token's has, in embedding and head"
     )
+    cooccurrence: int = Field(
+        0, ge=0, description="tokens ahead that are counted for embedding and head to begin with; 0: they begin random"
+    )
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float | None = Field(None, ge=0, lt=1, description="fixed; unset means that beta2_tokens decides")
     beta2_tokens: float | None = Field(
@@ -89,6 +92,11 @@ class TrainConfig(BaseModel):
             raise ValueError(f"warmup {self.warmup:g} and cooldown {self.cooldown:g} exceed the run: lower one")
         if self.average and self.chat:
             raise ValueError(f"average {self.average:g} is for texts alone: drop average, or chat")
+        if self.cooccurrence and (self.chat or self.init is not None):
+            other = "chat" if self.chat else "init"
+            raise ValueError(
+                f"cooccurrence {self.cooccurrence} is for new models of texts: drop cooccurrence, or {other}"
+            )
         if (self.senses is not None or self.text) and not self.chat:
             field = "text" if self.text else "senses"
             raise ValueError(f"{field} goes with conversations: add chat, or drop {field}")

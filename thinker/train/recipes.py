@@ -34,6 +34,7 @@ DECAY = 3.0
 MOST_DECAY = 0.1  # of a weight in one step, which only runs of a few steps come to
 AVERAGE = 0.13  # of such a run is what the weights shown are a mean over: 1 % fewer bits, on new text none
 INHERIT = 0.5  # of its parts' rows in a merged token's: a few per cent fewer bits, most where steps are few
+COOCCURRENCE = 3  # tokens ahead that are counted before the first step: 1 was behind, 6 the same, 12 behind
 PATIENCE = 2  # of 12 looks: in the sweeps more never found a better state, less a worse one once
 COMPILED_GAIN = 1.5  # a compiled step against the eager one that was probed
 
@@ -84,6 +85,9 @@ def choose(
     ]
     if settings.init is None and settings.tokenizer != "char":
         choices.append(Choice({"inherit": INHERIT}, "what a token learns, tokens that contain it learn in part"))
+        if new_on_texts:
+            why = "which tokens follow which is counted at once, instead of learned step by step"
+            choices.append(Choice({"cooccurrence": COOCCURRENCE}, why))
     if tie:
         choices.append(Choice({"tie_embeddings": True}, "one row for a token, read or written: less to learn by heart"))
     if settings.beta2 is None:

@@ -25,6 +25,7 @@ from ..model import ThinkerLM
 from ..tokenizer import Tokenizer
 from .allocator import keep_freed_memory
 from .config import TrainConfig
+from .cooccurrence import begin_from_neighbours
 from .decide import Decisions, choose_device, decide
 from .ingredients import batches_of, corpus_of, ingredients
 from .memory import checkpoint_activations
@@ -72,6 +73,10 @@ def begin(config: ThinkerConfig, settings: TrainConfig, given: set[str], say: Sa
     set_dropout(model, config)
     for reason in decisions.reasons:
         say(reason)
+    if settings.cooccurrence:
+        assert isinstance(corpus, Corpus)
+        say(f"counting which tokens follow which within {settings.cooccurrence}")
+        begin_from_neighbours(model, corpus.train, settings.cooccurrence)
     return assemble(folder, config, settings, decisions, corpus, model, batches, found.publication, senses)
 
 
