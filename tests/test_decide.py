@@ -82,7 +82,9 @@ def test_a_device_that_is_not_there_gets_one_line():
     with pytest.raises(ValueError, match=r"device is 'nonsense'.*choose cpu") as caught:
         choose_device("nonsense")
     assert "\n" not in str(caught.value)
-    assert choose_device("cpu") == "cpu"
+    with pytest.raises(ValueError, match="device is 'meta'"):
+        choose_device("meta")
+    assert choose_device("cpu") == choose_device("cpu:0") == "cpu"
 
 
 def test_determinism_ends_with_the_run():

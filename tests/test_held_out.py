@@ -68,7 +68,7 @@ def test_the_best_state_is_published_and_never_pruned(text, tmp_path, monkeypatc
     watcher.after_step = lambda run, report: run.step == 3 and at_best.update(weights(run))
     fitted(run, watcher)
     assert (run.step, run.best.step, run.best.loss) == (LOOKS, 3, 3.0)
-    assert sorted(p.name for p in (run.folder / "training").iterdir()) == ["step-00000003", f"step-{LOOKS:08d}"]
+    assert sorted(p.name for p in (run.folder / "training").glob("step-*")) == ["step-00000003", f"step-{LOOKS:08d}"]
     assert open_model(run.folder).step == 3
     assert not repair(run.folder), "the view of the best state needs no repair"
     said = []
@@ -85,7 +85,7 @@ def test_the_best_state_is_published_and_never_pruned(text, tmp_path, monkeypatc
 
 def test_a_run_that_overfits_ends_early_and_goes_on_only_when_told(text, tmp_path, monkeypatch):
     """Bug: patience counts looks that found better ones, or a resumed run forgets that it had ended."""
-    scripted(monkeypatch, [5.0, 4.0, 4.1, 4.2, 3.9, 4.0, 4.1, 4.2] + [4.3] * 20)
+    scripted(monkeypatch, [5.0, 4.0, 4.1, 4.2, 3.9, 4.0, 4.1, 4.2] + [4.3, 3.8] + [4.3] * 20)
     run = begun(text, tmp_path / "run", early_stop=3)
     fitted(run)
     assert (run.step, run.best.step, run.overfits) == (8, 5, True)
@@ -96,7 +96,10 @@ def test_a_run_that_overfits_ends_early_and_goes_on_only_when_told(text, tmp_pat
         forced = resume(ARCHITECTURE, settings(text, run.folder, early_stop=0), {"out", "early_stop"}, quiet)
         fit(forced, Silent())
     assert forced.step == LOOKS
-    assert open_model(run.folder).step == 5, "the best so far stays the one to publish"
+    assert open_model(run.folder).step == 10, "what turns out better is published, though nothing ends the run any more"
+    said = []
+    forced.take_published(said.append)
+    assert "--early-stop 0" not in said[0]
 
 
 def test_without_early_stop_the_last_state_is_published(text, tmp_path):

@@ -2,7 +2,10 @@
 
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -90,7 +93,7 @@ def assert_same(first, second):
 
 def test_it_learns(text, tmp_path):
     """Bug: gradients never reach the weights, or the schedule never leaves zero."""
-    _, watcher = train(text, tmp_path / "run", steps=60, lr=1e-2)
+    _, watcher = train(text, tmp_path / "run", steps=60, lr=1e-2, cooccurrence=0)
     assert watcher.losses[0] == pytest.approx(np.log(300), abs=0.15)  # a zero head guesses uniformly
     assert watcher.losses[-1] < 3.0
 
@@ -244,6 +247,56 @@ def test_a_new_run_never_overwrites_an_old_one(text, tmp_path):
         begin(ARCHITECTURE, settings(text, tmp_path / "run"), set(), quiet)
 
 
+def test_a_new_run_never_replaces_a_model(text, tmp_path):
+    """Bug: a model without its training, or one whose states are damaged, is written over by what begins there."""
+    run, _ = train(text, tmp_path / "run", steps=1)
+    (state,) = (run.folder / "training").glob("step-*")
+    os.truncate(state / "optimizer.safetensors", 100)
+    with pytest.raises(ValueError, match="already holds a run"):
+        begin(ARCHITECTURE, settings(text, run.folder), set(), quiet)
+    shutil.rmtree(run.folder / "training")
+    with pytest.raises(ValueError, match=r"already holds a model.*--out"):
+        begin(ARCHITECTURE, settings(text, run.folder, init=str(run.folder)), set(), quiet)
+
+
+def test_two_processes_never_train_in_one_folder(text, tmp_path):
+    """Bug: two runs of the same name mix their states, and the slower one ends at its first save."""
+    begin(ARCHITECTURE, settings(text, tmp_path / "run"), set(), quiet)
+    program = (
+        "import sys; from pathlib import Path; from thinker.checkpoint.training import claim; claim(Path(sys.argv[1]))"
+    )
+    same, other = (
+        subprocess.run([sys.executable, "-c", program, str(tmp_path / name)], capture_output=True, text=True)
+        for name in ("run", "other")
+    )
+    assert "another process trains there: name another folder with --out" in same.stderr
+    assert other.returncode == 0
+
+
+def test_a_run_goes_on_with_its_threads_and_with_its_text_elsewhere(text, tmp_path):
+    """Bug: sums in another order, as another number of threads adds them, or a text that was moved ends its run."""
+    with repeatable(1):
+        run = begin(ARCHITECTURE, settings(text, tmp_path / "run", steps=2, threads=1), set(), quiet)
+        fit(run, Silent())
+    moved = text.rename(tmp_path / "moved.txt")
+    with repeatable(2):
+        again = resume(ARCHITECTURE, settings(moved, tmp_path / "run", steps=3), {"out", "steps", "data"}, quiet)
+        assert (torch.get_num_threads(), again.decisions.threads) == (1, 1)
+    assert again.settings.data == (str(moved),)
+
+
+def test_a_configuration_resumes_the_run_it_made(text, tmp_path):
+    """Bug: vocab_size, a ceiling, is compared with what the text came to."""
+    ceiling = ARCHITECTURE.changed(vocab_size=5000)
+    run, _ = train(text, tmp_path / "run", ceiling, steps=2)
+    assert run.config.vocab_size < 5000
+    assert resume(ceiling, settings(text, run.folder), {"out", "vocab_size"}, quiet).step == 2
+    with repeatable(None):
+        begin(ceiling, settings(text, tmp_path / "next", init=str(run.folder)), {"vocab_size"}, quiet)
+    with pytest.raises(ValueError, match="vocab_size is"):
+        resume(ARCHITECTURE.changed(vocab_size=270), settings(text, run.folder), {"out", "vocab_size"}, quiet)
+
+
 def test_resume_refuses_what_would_steer_other_steps(text, tmp_path):
     """Bug: a changed learning rate or a changed text is silently accepted and the run is no longer itself."""
     train(text, tmp_path / "run", steps=2)
@@ -312,7 +365,7 @@ def test_the_published_view_is_the_model(text, tmp_path):
 def test_metrics_and_states_hold_what_they_say(text, tmp_path):
     """Bug: a state without what going on needs."""
     run, _ = train(text, tmp_path / "run", steps=3, keep=1)
-    states = list((tmp_path / "run" / "training").iterdir())
+    states = list((tmp_path / "run" / "training").glob("step-*"))
     assert [path.name for path in states] == ["step-00000003"]
     state = json.loads((states[0] / "state.json").read_text(encoding="utf-8"))
     assert state["tokens"] == 3 * 4 * 32

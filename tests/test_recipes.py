@@ -41,6 +41,8 @@ def test_rows_follow_the_width():
         return choose_first(config, TrainConfig(), set())[-1].values
 
     assert rows(TINY) == {"batch_size": 4}
+    mixed = TrainConfig(chat=True, text=("book.txt",), text_share=0.1)
+    assert choose_first(TINY, mixed, set())[-1].values == {"batch_size": 10}, "a row of text among conversations"
     assert rows(TINY.changed(d_model=512, ctx_len=256)) == {"batch_size": 16}
     assert rows(TINY.changed(ctx_len=1 << 16)) == {"batch_size": 2}
 

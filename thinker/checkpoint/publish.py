@@ -186,6 +186,11 @@ def is_run(folder: Path) -> bool:
     return (folder / OWN).exists() or (latest(folder) is not None and foreign_weights(folder) is None)
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether anybody's model lies there."""
+    return (folder / WEIGHTS).exists() or foreign_weights(folder) is not None
+
+
 def foreign_weights(folder: Path) -> Path | None:
     """What a folder is opened with, its weights or the index of several files, if another program wrote it."""
     whole, index = folder / WEIGHTS, folder / f"{WEIGHTS}.index.json"

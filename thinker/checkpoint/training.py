@@ -7,13 +7,14 @@ The view that other programs read is made from it in `publish.py`; what the deci
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -32,6 +33,7 @@ PARAMETERS, OPTIMIZER, MODALITY, STATE, TOKENIZER = (
     "tokenizer.json",
 )
 MEAN = "mean"  # of a parameter's late values: kept under NAME/mean among the optimiser's tensors
+_CLAIMED: dict[Path, IO[bytes]] = {}  # open files whose locks this process holds
 _NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 
 
@@ -105,6 +107,35 @@ def save(
     sync(training)
     _prune(training, keep, best_step(state))
     return path
+
+
+def claim(run_dir: Path) -> None:
+    """Keep other processes from training in a folder as long as this one lives, where the system has such locks.
+
+    Raises `ValueError` if another does.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    folder = (run_dir / FOLDER).resolve()
+    if folder in _CLAIMED:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / ".lock").open("ab")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise ValueError(f"{run_dir}: another process trains there: name another folder with --out") from None
+        return  # a file system without locks
+    _CLAIMED[folder] = lock
+
+
+def begun(run_dir: Path) -> bool:
+    """Whether a run has saved anything there, be it damaged by now."""
+    return bool(_states(run_dir / FOLDER))
 
 
 def latest(run_dir: Path) -> Path | None:

@@ -56,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         command = importlib.import_module(f".{arguments[0]}", __package__)
         status = command.run(parse(command.Options, arguments[0], arguments[1:]))
         sys.stdout.flush()
+    except ValidationError as error:
+        fail(explain(error, f"thinker {arguments[0]}"))
     except ValueError as error:
         fail(str(error))
     except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 import tyro
 from pydantic import BaseModel, Field, create_model
 from rich.console import Console
+from rich.markup import escape
 
 from ..checkpoint.files import to_json
 from ..config import ThinkerConfig
@@ -69,21 +71,19 @@ def run(options: OwnOptions) -> int:
             training = resume(config, settings, given, say)
         else:
             training = begin(config, settings, given, say)
-        console.print(f"{training.config.parameter_count():,} parameters, to {training.folder}/")
+        say(f"{training.config.parameter_count():,} parameters, to {training.folder}/")
         try:
             with Reporter(training, console) as reporter:
                 ended_by = fit(training, reporter)
-        except Diverged as error:
-            console.print(f"[bold red]stopped:[/] {error}", soft_wrap=True)
+        except (Diverged, OSError) as error:  # a full disk, say
+            console.print(f"[bold red]stopped:[/] {escape(str(error))}", soft_wrap=True)
             kept = latest(training.folder)
             if kept is not None:
-                console.print(f"The last good state is kept in {kept}.", soft_wrap=True)
+                say(f"The last good state is kept in {kept}.")
             return 1
         if ended_by is not None:
-            console.print(
-                f"Saved at step {training.step:,}. To go on: thinker train --resume --out {training.folder}",
-                soft_wrap=True,
-            )
+            folder = shlex.quote(str(training.folder))
+            say(f"Saved at step {training.step:,}. To go on: thinker train --resume --out {folder}")
             return SAVED_AND_ENDED[signal.Signals(ended_by)]
         training.take_published(say)
         give_account = summarise_chats if training.settings.chat else summarise

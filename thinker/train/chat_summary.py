@@ -6,6 +6,7 @@ Recall says whether the model knows what it was taught, word for word; the held-
 from __future__ import annotations
 
 import math
+import shlex
 from typing import Any
 
 import torch
@@ -59,9 +60,9 @@ def summarise_chats(run: Run, rows: list[dict[str, Any]], console: Console, wall
     with_senses = {}
     if run.senses is not None and corpus.media is not None:
         with_senses = {"held_out_exact": summarise_senses(run.folder, run.settings.data, corpus, console)}
-    folder = escape(str(run.folder))
+    folder = escape(shlex.quote(str(run.folder)))
     console.print(
-        f"The loss as a picture: {picture}\n\nNext:\n  thinker chat {folder}\n"
+        f"The loss as a picture: {escape(str(picture))}\n\nNext:\n  thinker chat {folder}\n"
         f"  thinker train --resume --out {folder} --{'minutes' if run.settings.steps is None else 'steps'} …",
         soft_wrap=True,
     )

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from typing import Any, Literal
 
@@ -62,6 +62,8 @@ class Decisions:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Decisions:
         """The decisions of an earlier process. Raises `ValueError` when this machine lacks the device."""
+        if missing := {field.name for field in fields(cls)} - values.keys():
+            raise ValueError(f"the state's decisions lack {', '.join(sorted(missing))}: take an older state")
         decisions = cls(**{**values, "reasons": tuple(values["reasons"])})
         check_device(decisions.device)
         return decisions
@@ -69,16 +71,16 @@ class Decisions:
 
 def choose_device(wanted: str) -> str:
     """The device by name; auto takes an accelerator when there is one."""
-    if wanted != "auto":
-        check_device(wanted)
-        return wanted
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(wanted)
+    return "cpu" if torch.device(wanted).type == "cpu" else wanted
 
 
 def check_device(name: str) -> None:
     """Raise `ValueError` unless the device exists here."""
     try:
-        torch.empty(1, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device is {name!r}, which can't be used here ({reason}): choose cpu") from None

@@ -117,7 +117,10 @@ def dry_run(
     settings, config = with_choices(settings, found.config, choices)
     batches = batches_of(corpus, settings, config, say)
     device = choose_device("auto") if settings.device == "auto" else settings.device
-    here, free = torch.device(device).type == "cpu", free_memory()
+    try:
+        here, free = torch.device(device).type == "cpu", free_memory()
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}: {str(error).splitlines()[0]}") from None
     limit = memory if memory is not None else (free if here else _free_on(device))
     plan = Plan(corpus, found.publication, _undecided(settings, device, "float32" if here else "bfloat16"))
     probed = False

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -126,7 +127,7 @@ def starting_point(
         raise ValueError(f"{path}: has no tokenizer.json, which --init needs: put the model's own beside its weights")
     fields = given & set(ThinkerConfig.model_fields)
     for name in sorted(fields - FREE_ON_INIT):
-        if getattr(wanted, name) != getattr(config, name):
+        if not satisfies(name, getattr(wanted, name), getattr(config, name)):
             raise ValueError(
                 f"{path}: {name} is {getattr(config, name)!r} there and {getattr(wanted, name)!r} was asked for: "
                 "drop the setting, or train from nothing"
@@ -141,3 +142,8 @@ def starting_point(
         chat_template=files.chat_template,
     )
     return config.changed(**changes), parameters, tokenizer, publication, files.modality
+
+
+def satisfies(name: str, asked: Any, had: Any) -> bool:
+    """Whether a model has what is asked for: `vocab_size` is the most tokens that it may have."""
+    return asked >= had if name == "vocab_size" else asked == had

@@ -122,7 +122,8 @@ def fit(run: Run, watcher: Watcher) -> int | None:
                 run.step, loss, balance, norm, share * settings.lr, tokens, elapsed, min(1.0, run.progress())
             )
             watcher.after_step(run, report)
-            steered = settings.early_stop > 0
+            # A run that has a best state publishes that, so it goes on looking for a better one.
+            steered = settings.early_stop > 0 or run.best is not None
             found_best = False
             if steered and look_is_due(progress, run.progress()):
                 with run.shown():

@@ -7,6 +7,7 @@ minutes on a processor. What is chosen is recorded with the run, and going on re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,8 @@ def choose_first(config: ThinkerConfig, settings: TrainConfig, given: set[str]) 
         choices.append(Choice({"use_qk_norm": True}, why))
     if not settings.model_fields_set & {"batch_size", "accumulate"}:
         rows = max(2, round(TOKENS_PER_WIDTH * config.d_model / config.ctx_len))
+        if settings.text:  # which needs a row, and conversations another
+            rows = max(rows, math.ceil(1 / min(settings.text_share, 1 - settings.text_share)))
         why = f"{rows * config.ctx_len:,} tokens a step, few enough for many steps, enough to repay Muon's update"
         choices.append(Choice({"batch_size": rows}, why))
     return choices

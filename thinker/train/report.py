@@ -114,16 +114,16 @@ class Reporter:
 
 
 def kept_metrics(path: Path, step: int) -> list[dict[str, Any]]:
-    """The rows of an earlier process up to the step that the run goes on from; a torn last line is dropped."""
+    """The rows of an earlier process up to the step that the run goes on from; a line that is none is dropped."""
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        if row["step"] <= step:
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step:
             rows.append(row)
     return rows
 

@@ -175,7 +175,8 @@ class Run:
         early = "ended early, after" if self.overfits else "of"
         say(
             f"published: step {self.best.step:,}, where held-out loss was lowest ({self.best.loss:.3f}), {early} "
-            f"{self.step:,} steps; to go on to the end all the same: --resume --early-stop 0"
+            f"{self.step:,} steps"
+            f"{'; to go on to the end all the same: --resume --early-stop 0' if self.overfits else ''}"
         )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..checkpoint import training
-from ..checkpoint.publish import Publication, foreign_weights
+from ..checkpoint.publish import Publication, foreign_weights, holds_weights
 from ..config import ThinkerConfig
 from ..data.chat_shards import ChatCorpus
 from ..data.shards import Corpus
@@ -27,16 +27,17 @@ from .allocator import keep_freed_memory
 from .config import TrainConfig
 from .cooccurrence import begin_from_neighbours
 from .decide import Decisions, choose_device, decide
-from .ingredients import batches_of, corpus_of, ingredients
+from .ingredients import batches_of, corpus_of, ingredients, satisfies
 from .memory import checkpoint_activations
 from .optim import Inheritance, build_optimizers, restore_optimizers
 from .recipes import COMPILED_GAIN, Choice, choose, choose_first, with_choices
 from .run import Best, Run, Say, TrainingBatches, fingerprint_of, loss_of
 from .senses import Trained
 
-# What may be changed when a run goes on: its length, and what is shown and kept, nothing that steers its steps.
+# What may be changed when a run goes on: its length, where its text now lies, and what is shown and kept, nothing that
+# steers its steps.
 FREE_ON_RESUME = {
-    *("out", "resume", "steps", "minutes", "early_stop"),
+    *("out", "resume", "steps", "minutes", "early_stop", "data", "text"),
     *("validate_every", "save_every", "keep", "prompt", "tensorboard"),
 }
 
@@ -49,8 +50,10 @@ def begin(config: ThinkerConfig, settings: TrainConfig, given: set[str], say: Sa
     """
     folder = settings.folder
     fixed = given | config.model_fields_set
-    if training.latest(folder) is not None:
+    if training.begun(folder):
         raise ValueError(f"{folder} already holds a run: go on with --resume, or name another folder with --out")
+    if holds_weights(folder):
+        raise ValueError(f"{folder} already holds a model, which a run would replace: name another folder with --out")
     found = ingredients(config, settings, given, say)
     corpus, choices = found.corpus, choose_first(found.config, settings, fixed)
     settings, config = with_choices(settings, found.config, choices)
@@ -77,7 +80,9 @@ def begin(config: ThinkerConfig, settings: TrainConfig, given: set[str], say: Sa
         assert isinstance(corpus, Corpus)
         say(f"counting which tokens follow which within {settings.cooccurrence}")
         begin_from_neighbours(model, corpus.train, settings.cooccurrence)
-    return assemble(folder, config, settings, decisions, corpus, model, batches, found.publication, senses)
+    run = assemble(folder, config, settings, decisions, corpus, model, batches, found.publication, senses)
+    training.claim(folder)
+    return run
 
 
 def with_recipe(
@@ -133,12 +138,14 @@ def resume(wanted: ThinkerConfig, settings: TrainConfig, given: set[str], say: S
     newest = training.latest(folder)
     if newest is None:
         raise ValueError(f"{folder} holds no state to go on from: leave out --resume to start there")
+    if (foreign := foreign_weights(folder)) is not None:
+        raise ValueError(f"{foreign}: was not written by Thinker and stays: move it elsewhere to go on here")
     saved = training.load(newest)
     config, state = saved.config, saved.state
     old = TrainConfig.model_validate(state["settings"])
     for name in sorted(given - FREE_ON_RESUME):
         had, asked = (config, wanted) if name in ThinkerConfig.model_fields else (old, settings)
-        if getattr(asked, name) != getattr(had, name):
+        if not satisfies(name, getattr(asked, name), getattr(had, name)):
             raise ValueError(
                 f"{folder}: {name} is {getattr(had, name)!r} in this run and can't be changed with --resume: drop it"
             )
@@ -155,6 +162,7 @@ def resume(wanted: ThinkerConfig, settings: TrainConfig, given: set[str], say: S
         seeing = SensesConfig.from_mapping(state["senses"], str(newest))
     corpus = corpus_of(settings, config, tokenizer, publication, say, seeing)
     decisions = Decisions.from_json(state["decisions"])
+    torch.set_num_threads(decisions.threads)
     model = ThinkerLM(config)
     load_parameters(model, saved.parameters)
     model.to(decisions.device)
@@ -168,6 +176,7 @@ def resume(wanted: ThinkerConfig, settings: TrainConfig, given: set[str], say: S
         copy_tensors(senses, saved.modality, str(newest))
         senses.to(decisions.device)
     run = assemble(folder, config, settings, decisions, corpus, model, batches, publication, senses)
+    training.claim(folder)
     tensors = {name: torch.from_numpy(np.array(array)) for name, array in saved.optimizer.items()}
     restore_optimizers(run.trained, run.optimizers, tensors)
     run.scaler.load_state_dict(state["scaler"])
@@ -190,8 +199,6 @@ def assemble(
 ) -> Run:
     """A run at step 0 from its parts."""
     keep_freed_memory()
-    if (foreign := foreign_weights(folder)) is not None:
-        raise ValueError(f"{foreign}: was not written by Thinker and stays: name another folder with --out")
     if settings.prompt is not None:
         check_prompt(settings.prompt, corpus, config.ctx_len)
     if settings.checkpoint_activations:
