@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +33,7 @@ PARAMETERS, OPTIMIZER, MODALITY, STATE, TOKENIZER = (
     "tokenizer.json",
 )
 MEAN = "mean"  # of a parameter's late values: kept under NAME/mean among the optimiser's tensors
-_CLAIMED: dict[Path, IO[bytes]] = {}  # open files whose locks this process holds
+_CLAIMED: dict[Path, int] = {}  # folders and open files whose locks this process holds
 _NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 
 
@@ -122,11 +122,11 @@ def claim(run_dir: Path) -> None:
     if folder in _CLAIMED:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / ".lock").open("ab")
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        lock.close()
+        os.close(lock)
         if error.errno in (errno.EACCES, errno.EAGAIN):
             raise ValueError(f"{run_dir}: another process trains there: name another folder with --out") from None
         return  # a file system without locks
