@@ -102,3 +102,11 @@ def test_it_is_for_new_models_of_texts(other):
     """Bug: a trained embedding is written over."""
     with pytest.raises(ValueError, match=f"cooccurrence 3 is for new models of texts: .* or {next(iter(other))}"):
         TrainConfig(cooccurrence=3, **other)
+
+
+def test_a_token_that_does_not_occur_begins_as_it_would_have():
+    """Bug: turns of a conversation, which no text holds, all begin as the same row of zeros."""
+    new, usual = model(), model()
+    begin_from_neighbours(new, some_text(), 3)
+    assert torch.equal(new.tok_emb.weight[:10], usual.tok_emb.weight[:10])
+    assert (new.tok_emb.weight[10:].square().mean(dim=1).sqrt() - 0.04).abs().max() < 1e-5
