@@ -366,6 +366,18 @@ def test_tokens_are_reused_until_something_changes(tmp_path, monkeypatch):
     assert prepared(path).fingerprint != first.fingerprint
 
 
+def test_a_files_name_that_is_no_text(tmp_path):
+    """Bug: a byte in a name that is no UTF-8 ends the preparation as an error of its own, or another file is named."""
+    path = tmp_path / "caf\udce9.jsonl"
+    try:
+        written(path, *numbers(9))
+    except OSError:
+        pytest.skip("this file system has no such names")
+    corpus = prepared(path)
+    assert corpus.held_out(64)
+    assert all(where.startswith(f"{path}, line ") for where in corpus.held_out(64))
+
+
 # stdlib-qa
 
 

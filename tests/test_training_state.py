@@ -52,6 +52,16 @@ def test_comes_back_bit_for_bit(tmp_path: Path, config: ThinkerConfig) -> None:
             assert kept[name].tobytes() == array.tobytes(), name
 
 
+def test_names_of_files_that_are_no_text_come_back(tmp_path: Path) -> None:
+    """Catches a run that is lost at its first save, because a byte in the name of its data is no UTF-8."""
+    name = "caf\udce9 中.txt"
+    config = small("dense")
+    path = save(tmp_path, 1, parameters(config), {}, {**state(config), "data": name})
+    assert load(path).state["data"] == name
+    assert "\\udce9 中" in (path / "state.json").read_text(encoding="utf-8")
+    assert json.loads(files.to_json({"data": name}).encode()) == {"data": name}
+
+
 def test_the_newest_are_kept(tmp_path: Path) -> None:
     """Catches steps ordered as text, too many kept, and the newest deleted in place of the oldest."""
     for step in (3, 90, 1000, 99_999_999, 123_456_789):

@@ -57,13 +57,13 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Replace a JSON file atomically. NaN and infinity, which JSON lacks, raise `ValueError`."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, _dumped(value) + "\n")
 
 
 def to_json(value: dict[str, Any]) -> str:
     """A report as JSON that every program reads: NaN and infinity, which JSON lacks, are null in it."""
     plain = json.loads(json.dumps(value), parse_constant=lambda name: None)
-    return json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
+    return _dumped(plain)
 
 
 def read_text(path: Path) -> str:
@@ -106,6 +106,12 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         elif abandoned:
             path.unlink(missing_ok=True)
+
+
+def _dumped(value: dict[str, Any]) -> str:
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    # The name of a file may be no text. Bytes that are none are half surrogate pairs, whose escape is JSON's too.
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class ChatCorpus:
     def _where(self, split: Split, chosen: np.ndarray) -> list[str]:
         if not chosen.any():
             return []
-        lines = (self.folder / f"{split}.where").read_text(encoding="utf-8").splitlines()
+        lines = (self.folder / f"{split}.where").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
         return list(itertools.compress(lines, chosen.tolist()))
 
     def __str__(self) -> str:
@@ -157,7 +157,8 @@ class _Side:
         self.reply_bytes = self.reply_tokens = 0
 
     def add(self, conversation: Conversation, row: Expanded, said: np.ndarray) -> None:
-        data = [row.ids.astype(self._dtype).tobytes(), said.tobytes(), conversation.where.encode() + b"\n"]
+        where = conversation.where.encode(errors="surrogateescape")  # a file's name may be no text
+        data = [row.ids.astype(self._dtype).tobytes(), said.tobytes(), where + b"\n"]
         data.append(row.media.tobytes())
         for file, one in zip(self._files, data, strict=False):  # the last only where there are media
             file.write(one)
