@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from thinker.data import reading
+from thinker.data.chats import open_chats
 from thinker.data.named import EVALUATION_SETS, TRAINING_SETS, NamedSet, StandardLibrary
 from thinker.data.reading import PIECE, Document
 from thinker.data.sources import open_evaluation, open_sources
@@ -264,7 +265,7 @@ def test_parquet_without_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         both_sides(write(tmp_path / "rows.parquet", "PAR1"))
 
 
-def test_what_cannot_be_read(tmp_path: Path) -> None:
+def test_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every mistake in --data is one line that names what was given."""
     (tmp_path / "nothing").mkdir()
     for value, reason in {
@@ -278,8 +279,13 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"{value}: .*{reason}") as error:
             open_sources([value])
         assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="no data"):
-        open_sources([])
+    monkeypatch.chdir(write(tmp_path / "here" / "rows.jsonl", '{"text": "not asked for"}').parent)
+    for values in ([], [""], ["stdlib", ""]):
+        with pytest.raises(ValueError, match="no data"):
+            open_sources(values)
+    for opened in (open_evaluation, lambda value: open_chats([value])):
+        with pytest.raises(ValueError, match="no data"):
+            opened("")
 
 
 def test_fingerprint_notices_changes(tmp_path: Path) -> None:

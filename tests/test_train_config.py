@@ -58,6 +58,23 @@ def test_a_mistake_names_the_field_its_value_and_the_remedy(tmp_path, values, pa
         assert part in message
 
 
+def test_a_run_has_a_folder_of_its_own_whatever_its_data(tmp_path, monkeypatch):
+    """Bug: with data . or .. the model goes into runs/ itself, or into the folder that its text lies in."""
+    (tmp_path / "notes" / "old.v2").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "notes" / "old.v2")
+    folders = {data: str(TrainConfig(data=(data,)).folder) for data in (".", "..", "../..", "./", "a/b.txt", "o/set")}
+    assert folders == {
+        ".": "runs/old",
+        "..": "runs/notes",
+        "../..": f"runs/{tmp_path.stem}",
+        "./": "runs/old",
+        "a/b.txt": "runs/b",
+        "o/set": "runs/set",
+    }
+    assert TrainConfig(data=("/",)).folder.parent.name == "runs"
+    assert str(TrainConfig(data=(".",), out="mine").folder) == "mine"
+
+
 def test_no_key_belongs_to_both():
     """Bug: one name means two things, and a flag sets the wrong one."""
     assert not set(TrainConfig.model_fields) & set(ThinkerConfig.model_fields)

@@ -25,7 +25,7 @@ from ..places import expand_home
 from .digits import DIGIT_SETS, DigitSet
 from .named import TRAINING_SETS
 from .questions import CHAT_SETS, StandardLibraryQuestions
-from .reading import Document, file_state, files_below, text_document
+from .reading import NO_DATA, Document, file_state, files_below, text_document
 from .split import HELD_OUT_TAIL, Split, held_out
 
 CHAT_NAMES = (*CHAT_SETS, *(name for name in DIGIT_SETS if ":" not in name))
@@ -235,6 +235,8 @@ class ChatFiles(ChatSource):
         self.name = ", ".join(values)
         found: dict[Path, None] = {}
         for value in values:
+            if not value:  # a path of nothing would be the folder one is in
+                raise ValueError(NO_DATA)
             path = expand_home(value)
             inside = list(files_below(path, CHAT_SUFFIXES).values()) if path.is_dir() else [path]
             if not inside:

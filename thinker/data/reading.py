@@ -21,6 +21,7 @@ _SUFFIXES = """
 TEXT_SUFFIXES = frozenset(_SUFFIXES.split())  # what a folder is searched for; a file that is named may end otherwise
 ROW_SUFFIXES = frozenset({".jsonl", ".parquet"})
 TEXT_FIELDS = ("text", "content")
+NO_DATA = "no data: name a set, a file or a folder"
 
 
 @dataclass(frozen=True)

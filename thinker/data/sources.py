@@ -20,6 +20,7 @@ from .digits import DIGIT_SETS
 from .named import EVALUATION_SETS, TRAINING_SETS
 from .questions import CHAT_SETS
 from .reading import (
+    NO_DATA,
     ROW_SUFFIXES,
     TEXT_SUFFIXES,
     Document,
@@ -73,7 +74,7 @@ def open_sources(values: Sequence[str]) -> Sources:
     if paths:
         sources.append(Files(paths))
     if not sources:
-        raise ValueError("no data: name a set, a file or a folder")
+        raise ValueError(NO_DATA)
     return Sources(tuple(sources))
 
 
@@ -91,6 +92,8 @@ class Files(OwnText):
         self.name = ", ".join(values)
         found: dict[Path, str] = {}  # path to key, each file once
         for value in values:
+            if not value:  # a path of nothing would be the folder one is in
+                raise ValueError(NO_DATA)
             path = expand_home(value)
             if path.is_dir():
                 inside = files_below(path, TEXT_SUFFIXES | ROW_SUFFIXES)

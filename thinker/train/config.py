@@ -132,7 +132,12 @@ class TrainConfig(BaseModel):
     @property
     def folder(self) -> Path:
         """Where the run lives."""
-        return self.out if self.out is not None else Path("runs") / Path(self.data[0]).stem
+        if self.out is not None:
+            return self.out
+        data = Path(self.data[0])
+        # "." and ".." are no names: a run of that name would be in runs/ itself, or beside it.
+        name = data.stem if data.name not in ("", "..") else data.resolve().stem
+        return Path("runs") / (name or "root")
 
     def changed(self, **fields: Any) -> TrainConfig:
         """The same settings with some replaced, checked again; what nobody set still counts as not set."""
