@@ -272,6 +272,13 @@ def test_leftovers_of_killed_processes_go(folder: str, cache: Path) -> None:
     assert {path.name for path in (cache / "shards").iterdir()} == {"unfinished-new", corpus.folder.name}
 
 
+def test_leftovers_may_go_by_themselves(folder: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs on different texts: one finishes between the other's finding its unfinished folder and looking at it."""
+    (cache / "shards").mkdir(parents=True)
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([self / pattern.replace("*", "gone")]))
+    assert prepare([folder], vocab_size=400).train_documents > 200
+
+
 # What cannot work
 
 

@@ -30,7 +30,11 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, beside the final place and renamed to it at the end: it is there whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     for path in folder.parent.glob("unfinished-*"):  # what a killed process left behind
-        if time.time() - path.stat().st_mtime > 86_400:
+        try:
+            abandoned = time.time() - path.stat().st_mtime > 86_400
+        except FileNotFoundError:  # its process has just finished
+            continue
+        if abandoned:
             shutil.rmtree(path, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unfinished-") as temporary:
         unfinished = Path(temporary) / folder.name
