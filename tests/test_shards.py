@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -245,6 +246,16 @@ def test_damaged_shards_are_made_again(folder: str) -> None:
         np.testing.assert_array_equal(mended.train, expected)
         assert b"".join(mended.valid_text()) == text
         assert (place / "train.bin").read_bytes() == tokens
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-100], lambda data: b"", lambda data: bytes(len(data))])
+def test_a_damaged_tokenizer_is_made_again(folder: str, cache: Path, damage: Callable[[bytes], bytes]) -> None:
+    """A machine that lost power while one was written must not refuse this text from then on."""
+    whole = prepare([folder], vocab_size=400).tokenizer.to_json()
+    (path,) = (cache / "tokenizers").iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    assert prepare([folder], vocab_size=400).tokenizer.to_json() == whole
+    assert Tokenizer.from_file(path).to_json() == whole
 
 
 def test_two_processes_at_once(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:

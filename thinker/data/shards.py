@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -199,7 +199,8 @@ def _trained(sources: Texts, state: list[Any], kind: str, vocab_size: int, folde
     """A tokenizer for these sources; it is kept in `folder` and found there again."""
     path = folder / f"{store.key(state, kind, vocab_size, tokenizers.__version__)}.json"
     if path.is_file():
-        return Tokenizer.from_file(path)
+        with suppress(ValueError):  # a damaged one is made again
+            return Tokenizer.from_file(path)
     sample = _sample(sources)
     with Console(stderr=True).status(f"Training a tokenizer ({kind}, up to {vocab_size:,} tokens)"):
         tokenizer = Tokenizer.train(sample, vocab_size, kind)
