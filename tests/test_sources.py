@@ -288,6 +288,15 @@ def test_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             opened("")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="there are no such pipes")
+def test_a_pipe_is_no_empty_file(tmp_path: Path) -> None:
+    """`--data <(zcat text.gz)` said that the file is empty, which nobody can mend."""
+    os.mkfifo(tmp_path / "pipe")
+    for opened in (open_evaluation, lambda value: open_sources([value])):
+        with pytest.raises(ValueError, match=r"pipe: no regular file, and text is read more than once: save it"):
+            opened(str(tmp_path / "pipe"))
+
+
 def test_fingerprint_notices_changes(tmp_path: Path) -> None:
     """A corpus that changed under an unchanged fingerprint would be trained on as it was."""
     path = write(tmp_path / "own" / "a.txt", "some text")

@@ -104,6 +104,8 @@ class Files(OwnText):
             elif not path.exists():
                 sets = ", ".join(TRAINING_SETS | EVALUATION_SETS)
                 raise ValueError(f"{value}: no such file or folder, and no named set (these are {sets})")
+            elif not path.is_file():  # a pipe, which is empty at the second reading
+                raise ValueError(f"{value}: no regular file, and text is read more than once: save it in one first")
             elif path.stat().st_size == 0:
                 raise ValueError(f"{value}: the file is empty")
             else:
