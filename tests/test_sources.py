@@ -20,6 +20,7 @@ from thinker.data import reading
 from thinker.data.chats import open_chats
 from thinker.data.named import EVALUATION_SETS, TRAINING_SETS, NamedSet, StandardLibrary
 from thinker.data.reading import PIECE, Document
+from thinker.data.shards import prepare
 from thinker.data.sources import open_evaluation, open_sources
 from thinker.data.split import Split, held_out
 from thinker.places import cache_folder
@@ -205,6 +206,32 @@ def test_folders(tmp_path: Path) -> None:
     write(folder / "empty.txt", "")
     read = [text_of(document) for document in open_evaluation(str(folder))]
     assert read == ["a/z.md", "a.py", "b.txt", "rows.jsonl", "upper.TXT"]
+
+
+def test_what_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of a folder that is left out in silence makes another corpus; the cache has nothing to do with it."""
+    for name in ("a.txt", "open/b.txt", "locked/c.txt"):
+        write(tmp_path / "own" / name, name)
+    for name in ("rows.jsonl", "notes.txt"):
+        write(tmp_path / name, '{"text": "a row", "messages": []}')
+    look = os.scandir
+
+    def refused(path: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", lambda path: refused(path) if Path(path).name == "locked" else look(path))
+    with pytest.raises(ValueError, match=r"own/locked: cannot be read \(Permission denied\)$"):
+        open_sources([str(tmp_path / "own")])
+    monkeypatch.setattr(Path, "open", lambda path, *_: refused(path))
+    rows = str(tmp_path / "rows.jsonl")
+    for everything in (
+        lambda: [text_of(document) for document in open_evaluation(rows)],
+        lambda: [text_of(document) for document in open_evaluation(str(tmp_path / "notes.txt"))],
+        lambda: prepare([rows], "char"),
+        lambda: list(open_chats([rows]).sides()),
+    ):
+        with pytest.raises(ValueError, match=r"/(rows\.jsonl|notes\.txt): cannot be read \(Permission denied\)$"):
+            everything()
 
 
 def test_several_values(tmp_path: Path) -> None:

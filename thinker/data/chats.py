@@ -25,7 +25,7 @@ from ..places import expand_home
 from .digits import DIGIT_SETS, DigitSet
 from .named import TRAINING_SETS
 from .questions import CHAT_SETS, StandardLibraryQuestions
-from .reading import NO_DATA, Document, file_state, files_below, text_document
+from .reading import NO_DATA, Document, file_state, files_below, readable, text_document
 from .split import HELD_OUT_TAIL, Split, held_out
 
 CHAT_NAMES = (*CHAT_SETS, *(name for name in DIGIT_SETS if ":" not in name))
@@ -257,7 +257,7 @@ class ChatFiles(ChatSource):
         """All of all files. What is refused is collected first, so that one message names every place."""
         refused: list[tuple[str, str]] = []
         for path in self._files:
-            with path.open("rb") as file:
+            with readable(path), path.open("rb") as file:
                 for number, line in enumerate(file, start=1):
                     if not line.strip():
                         continue

@@ -10,6 +10,7 @@ import codecs
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,14 +35,31 @@ class Document:
 
 
 def files_below(folder: Path, suffixes: frozenset[str], skip: frozenset[str] = frozenset()) -> dict[str, Path]:
-    """Non-empty files by their path within the folder, sorted; nothing hidden, nothing in folders named in `skip`."""
+    """Non-empty files by their path within the folder, sorted; nothing hidden, nothing in folders named in `skip`.
+
+    Raises `ValueError` for what can't be looked into: a corpus without it would be another one.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
     found = {}
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name not in skip and not name.startswith(".")]
-        for path in (Path(parent, name) for name in names if not name.startswith(".")):
-            if path.suffix.lower() in suffixes and path.is_file() and path.stat().st_size:
-                found[path.relative_to(folder).parts] = path
+    with readable(folder):
+        for parent, folders, names in os.walk(folder, onerror=refuse):
+            folders[:] = [name for name in folders if name not in skip and not name.startswith(".")]
+            for path in (Path(parent, name) for name in names if not name.startswith(".")):
+                if path.suffix.lower() in suffixes and path.is_file() and path.stat().st_size:
+                    found[path.relative_to(folder).parts] = path
     return {"/".join(parts): found[parts] for parts in sorted(found)}
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """What the system refuses inside the block becomes a `ValueError` of one line that says what can't be read."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{error.filename or path}: cannot be read ({error.strerror})") from None
 
 
 def file_state(path: Path) -> tuple[int, int]:
@@ -87,7 +105,7 @@ def text_column(columns: Sequence[str], where: str) -> str:
 
 
 def _jsonl_rows(path: Path) -> Iterator[Document]:
-    with path.open("rb") as file:
+    with readable(path), path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -131,7 +149,7 @@ def _decoded(path: Path) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     at = 0
     try:
-        with path.open("rb") as file:
+        with readable(path), path.open("rb") as file:
             while True:
                 chunk = file.read(PIECE)
                 at += len(chunk)
@@ -143,8 +161,6 @@ def _decoded(path: Path) -> Iterator[str]:
         place = at - len(error.object) + error.start
         byte = f"0x{error.object[error.start]:02x}"
         raise ValueError(f"{path}: not UTF-8 ({byte} at byte {place}): save it as UTF-8, or leave it out") from None
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _in_pieces(chunks: Iterable[str]) -> Iterator[str]:
