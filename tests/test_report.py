@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,6 +64,19 @@ def test_a_run_leaves_metrics_a_picture_and_a_report(settings):
     for expected in ("bits per byte", "xz -9", "continuation 1", "thinker generate", "thinker eval"):
         assert expected in text
     assert max(len(line) for line in text.splitlines() if "step 2:" in line) <= 100, "a look takes one line"
+
+
+@pytest.mark.parametrize("change", ["edited", "removed"])
+def test_the_report_is_of_the_text_that_was_held_out(settings, change):
+    """Bug: a file edited while training is measured with text that was trained on; a removed one leaves no report."""
+    run, reporter = trained(settings, console())
+    expected = summarise(run, reporter.rows, console(), 1.0)
+    (path,) = map(Path, settings.data)
+    if change == "edited":
+        path.write_text("\n".join(reversed(path.read_text().splitlines())) * 2)
+    else:
+        path.unlink()
+    assert summarise(run, reporter.rows, console(), 1.0) == expected
 
 
 def test_metrics_of_steps_that_a_kill_undid_are_dropped(settings):

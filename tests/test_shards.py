@@ -61,6 +61,7 @@ def test_documents_come_back(folder: str, kind: str) -> None:
     assert corpus.train_bytes == len("".join(train).encode())
     assert corpus.valid_bytes == len("".join(valid).encode())
     assert b"".join(corpus.valid_text()) == "".join(valid).encode()
+    assert ["".join(document.read()) for document in corpus.held_out()] == valid
     assert 0 < len(valid) < 50
     assert corpus.train.dtype == np.uint16
     assert isinstance(corpus.train, np.memmap)
@@ -82,6 +83,8 @@ def test_pieces_of_a_file_are_one_document(tmp_path: Path, cache: Path, monkeypa
     assert text.startswith(whole)
     assert corpus.train.tolist() == [1, *corpus.tokenizer.encode(whole), 2]
     assert (corpus.train_documents, corpus.valid_documents) == (1, 1)
+    (held_out,) = corpus.held_out()
+    assert whole + "".join(held_out.read()) == text
 
 
 def test_unchanged_text_is_not_tokenised_again(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,6 +241,7 @@ def test_damaged_shards_are_made_again(folder: str) -> None:
         lambda: (place / "train.bin").write_bytes(tokens + b"??"),
         lambda: (place / "valid.bin").unlink(),
         lambda: (place / "valid.txt").write_text("x"),
+        lambda: (place / "valid.starts").unlink(),
         lambda: (place / "meta.json").write_text("{}"),
         lambda: (place / "meta.json").write_text("{"),
     ):

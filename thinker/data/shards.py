@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from ..tokenizer import KINDS, Tokenizer
 from . import store
 from .batches import Batches, Windows
 from .progress import byte_bar
-from .reading import Document
+from .reading import Document, text_document
 from .sources import Sources, open_sources
 from .split import Split
 
@@ -61,6 +62,13 @@ class Corpus:
         with (self.folder / "valid.txt").open("rb") as file:
             while piece := file.read(1 << 20):
                 yield piece
+
+    def held_out(self) -> Iterator[Document]:
+        """The held-out documents as they were when the tokens were made, whatever became of the files since."""
+        starts = store.mapped(self.folder / "valid.starts", np.dtype(np.int64), self.valid_documents + 1)
+        with (self.folder / "valid.txt").open("rb") as file:
+            for number, size in enumerate(np.diff(starts).tolist(), 1):
+                yield text_document(file.read(size).decode(), f"{self.name}, held out {number}")
 
     def batches(self, rows: int, ctx_len: int, seed: int, ramp: int = 0) -> Batches:
         """What to train on, `rows` windows at a time."""
@@ -126,11 +134,11 @@ def prepare(
 
 @dataclass(frozen=True)
 class EncodedText:
-    """Some of a corpus: the tokens, the pieces of text they are of, and how many documents end in it."""
+    """Some of a corpus: the tokens, the pieces of text they are of, and whether a document ends with each."""
 
     tokens: np.ndarray  # (N,) uint32
     texts: list[str]
-    documents: int
+    ends: list[bool]
 
 
 def _encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[EncodedText]:
@@ -158,7 +166,7 @@ def _encoded_batch(batch: list[tuple[str, bool, bool]], tokenizer: Tokenizer) ->
         if ends and eos is not None:
             parts.append([eos])
     tokens = np.concatenate(parts, dtype=np.uint32, casting="unsafe")
-    return EncodedText(tokens, texts, sum(ends for _, _, ends in batch))
+    return EncodedText(tokens, texts, [ends for _, _, ends in batch])
 
 
 def _marked_pieces(documents: Iterable[Document]) -> Iterator[tuple[str, bool, bool]]:
@@ -241,9 +249,13 @@ def _build(sources: Sources, tokenizer: Tokenizer, folder: Path) -> None:
 def _write(
     sources: Sources, split: Split, tokenizer: Tokenizer, folder: Path, advance: Callable[[int], None]
 ) -> dict[str, int | str]:
-    """One side's tokens, and the held-out side's text with them. Returns what meta.json says of it."""
+    """One side's tokens, and the held-out side's text with them, and where in it each document begins.
+
+    Returns what meta.json says of it.
+    """
     dtype = store.token_dtype(tokenizer.vocab_size)
-    tokens = documents = size = 0
+    tokens = size = 0
+    starts = array("q", [0])
     digest = hashlib.sha256()
     keep_text = (folder / "valid.txt").open("wb") if split == "valid" else nullcontext()
     with (folder / f"{split}.bin").open("wb") as token_file, keep_text as text_file:
@@ -251,16 +263,20 @@ def _write(
             data = part.tokens.astype(dtype).tobytes()
             token_file.write(data)
             digest.update(data)
-            text = "".join(part.texts).encode()
-            if text_file is not None:
-                text_file.write(text)
             tokens += len(part.tokens)
-            documents += part.documents
-            size += len(text)
-            advance(len(text))
+            before = size
+            for text, ends in zip(map(str.encode, part.texts), part.ends, strict=True):
+                if text_file is not None:
+                    text_file.write(text)
+                size += len(text)
+                if ends:
+                    starts.append(size)
+            advance(size - before)
         token_file.flush()
         os.fsync(token_file.fileno())
-    return {"tokens": tokens, "documents": documents, "bytes": size, "sha256": digest.hexdigest()}
+    if split == "valid":
+        (folder / "valid.starts").write_bytes(starts.tobytes())
+    return {"tokens": tokens, "documents": len(starts) - 1, "bytes": size, "sha256": digest.hexdigest()}
 
 
 def _opened(name: str, folder: Path, tokenizer: Tokenizer) -> Corpus | None:
@@ -271,6 +287,7 @@ def _opened(name: str, folder: Path, tokenizer: Tokenizer) -> Corpus | None:
         dtype = store.token_dtype(tokenizer.vocab_size)
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         store.check_size(folder / "valid.txt", meta["valid"]["bytes"])
+        store.check_size(folder / "valid.starts", 8 * (meta["valid"]["documents"] + 1))
         return Corpus(
             name=name,
             fingerprint=f"{meta['train']['sha256']} {meta['valid']['sha256']}",

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-FORMAT = 1  # part of every key: raise it when the same text would give other files
+FORMAT = 2  # part of every key: raise it when the same text would give other files
 
 
 def key(*parts: Any) -> str:

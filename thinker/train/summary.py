@@ -13,7 +13,6 @@ from rich.text import Text
 
 from ..data.progress import byte_bar
 from ..data.shards import Corpus
-from ..data.sources import open_sources
 from ..evaluate import evaluate
 from ..plots import loss_curve
 from .report import fitting, sample
@@ -26,7 +25,7 @@ OPENING_CHARACTERS = 80
 def summarise(run: Run, rows: list[dict[str, Any]], console: Console, wall_seconds: float) -> dict[str, Any]:
     """Show everything and return it as a JSON object. rows: the run's metrics."""
     assert isinstance(run.corpus, Corpus), "of conversations chat_summary.py gives account"
-    documents = [list(document.read()) for document in open_sources(run.settings.data).documents("valid")]
+    documents = [list(document.read()) for document in run.corpus.held_out()]
     with byte_bar("evaluating", run.corpus.valid_bytes) as advance:
         result = evaluate(run.model, run.tokenizer, documents, progress=advance)
     with console.status("asking xz -9"):
