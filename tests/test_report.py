@@ -79,6 +79,20 @@ def test_the_report_is_of_the_text_that_was_held_out(settings, change):
     assert summarise(run, reporter.rows, console(), 1.0) == expected
 
 
+def test_a_run_may_lie_in_the_folder_that_it_learns(settings):
+    """Bug: its own metrics are read as text, which they aren't, and refused: no run begins or goes on there again."""
+    folder = settings.out / "notes"
+    folder.mkdir(parents=True)
+    Path(settings.data[0]).rename(folder / "words.txt")
+    inside = settings.changed(data=(str(folder),), out=folder / "run")
+    run, _ = trained(inside, console())
+    assert (run.folder / "metrics.jsonl").stat().st_size
+    with repeatable(None):
+        again = begin(ARCHITECTURE, inside.changed(out=folder / "another"), set(), lambda line: None)
+        assert again.corpus.fingerprint == run.corpus.fingerprint
+        assert resume(ARCHITECTURE, inside.changed(steps=9), {"steps"}, lambda line: None).step == 4
+
+
 def test_metrics_of_steps_that_a_kill_undid_are_dropped(settings):
     """Bug: after a resume the log holds some steps twice, and the curve runs backwards."""
     run, _ = trained(settings, console())

@@ -199,13 +199,15 @@ def test_not_utf8(tmp_path: Path, before: int) -> None:
 
 
 def test_folders(tmp_path: Path) -> None:
-    """Hidden files, pictures and empty files are no text; an order that the file system chose would not repeat."""
+    """Hidden files, pictures, empty files and metrics are no text; an order that the file system chose won't repeat."""
     folder = tmp_path / "own"
     for name in ("b.txt", "a/z.md", "a.py", ".hidden.txt", ".git/c.txt", "picture.png", "rows.jsonl", "upper.TXT"):
         write(folder / name, json.dumps({"text": name}) if name.endswith("jsonl") else name)
     write(folder / "empty.txt", "")
+    write(folder / "run" / "metrics.jsonl", '{"step": 1, "loss": 5.9}\n')
+    write(folder / "poems" / "metrics.jsonl", '{"text": "on metre"}\n')
     read = [text_of(document) for document in open_evaluation(str(folder))]
-    assert read == ["a/z.md", "a.py", "b.txt", "rows.jsonl", "upper.TXT"]
+    assert read == ["a/z.md", "a.py", "b.txt", "on metre", "rows.jsonl", "upper.TXT"]
 
 
 def test_what_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

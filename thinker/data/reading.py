@@ -37,7 +37,8 @@ class Document:
 def files_below(folder: Path, suffixes: frozenset[str], skip: frozenset[str] = frozenset()) -> dict[str, Path]:
     """Non-empty files by their path within the folder, sorted; nothing hidden, nothing in folders named in `skip`.
 
-    Raises `ValueError` for what can't be looked into: a corpus without it would be another one.
+    What runs record of their steps is left out, for they may lie in the folder whose text they learn. Raises
+    `ValueError` for what can't be looked into: a corpus without it would be another one.
     """
 
     def refuse(error: OSError) -> None:
@@ -48,9 +49,17 @@ def files_below(folder: Path, suffixes: frozenset[str], skip: frozenset[str] = f
         for parent, folders, names in os.walk(folder, onerror=refuse):
             folders[:] = [name for name in folders if name not in skip and not name.startswith(".")]
             for path in (Path(parent, name) for name in names if not name.startswith(".")):
-                if path.suffix.lower() in suffixes and path.is_file() and path.stat().st_size:
+                if path.suffix.lower() in suffixes and path.is_file() and path.stat().st_size and not _is_metrics(path):
                     found[path.relative_to(folder).parts] = path
     return {"/".join(parts): found[parts] for parts in sorted(found)}
+
+
+def _is_metrics(path: Path) -> bool:
+    """Whether a file is what a run writes of its steps (`train/report.py`), from the first one on."""
+    if path.name != "metrics.jsonl":
+        return False
+    with path.open("rb") as file:
+        return file.read(9) == b'{"step": '
 
 
 @contextmanager
