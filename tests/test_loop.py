@@ -333,6 +333,27 @@ def test_init_starts_from_a_models_exact_weights_and_tokenizer(text, tmp_path):
         )
 
 
+def test_a_tokenizer_that_cannot_be_had_is_refused(text, tmp_path):
+    """Bug: --tokenizer beside --init, or --vocab-size beside a file of more tokens, is ignored in silence."""
+    first, _ = train(text, tmp_path / "first", steps=1)
+    file = tmp_path / "first" / "tokenizer.json"
+    for tokenizer in ("char", str(file)):
+        wanted = settings(text, tmp_path / "second", init=str(tmp_path / "first"), tokenizer=tokenizer)
+        with pytest.raises(ValueError, match=rf"first: keeps its own tokenizer, and tokenizer {tokenizer} was asked"):
+            begin(ARCHITECTURE, wanted, {"init", "tokenizer"}, quiet)
+    wanted, size = settings(text, tmp_path / "third", tokenizer=str(file)), first.config.vocab_size
+    smaller = ARCHITECTURE.changed(vocab_size=size - 1)
+    with pytest.raises(
+        ValueError, match=rf"json: has {size} tokens .*more than vocab_size {size - 1}: raise vocab_size"
+    ):
+        begin(smaller, wanted, {"tokenizer", "vocab_size"}, quiet)
+    for architecture, given in ((ARCHITECTURE.changed(vocab_size=size), {"vocab_size"}), (smaller, set())):
+        with repeatable(None):
+            taken = begin(architecture, wanted, {"tokenizer", *given}, quiet)
+        assert taken.config.vocab_size == taken.tokenizer.vocab_size == size
+        assert taken.tokenizer.encode("alpha über") == first.tokenizer.encode("alpha über")
+
+
 def test_what_another_program_trained_further_is_taken_and_never_replaced(text, tmp_path):
     """Bug: a run's folder with weights tuned elsewhere starts from the old ones, or a run writes over them."""
     train(text, tmp_path / "run")

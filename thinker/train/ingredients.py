@@ -21,7 +21,8 @@ from ..data.mixing import MixedBatches
 from ..data.shards import Corpus, prepare
 from ..formats import Modality, Q8Tensor, open_model
 from ..modality.settings import SensesConfig
-from ..tokenizer import Tokenizer
+from ..places import expand_home
+from ..tokenizer import KINDS, Tokenizer
 from .chats import Parameters, chat_format, ending_turns, with_turns
 from .config import TrainConfig
 from .run import Say, TrainingBatches
@@ -49,10 +50,15 @@ def ingredients(config: ThinkerConfig, settings: TrainConfig, given: set[str], s
     if settings.init is None:
         parameters = taught = None
         senses = senses_for(settings.data, settings.senses, None) if settings.chat else None
-        corpus = corpus_of(settings, config, settings.tokenizer, None, say, senses)
+        corpus = corpus_of(settings, config, wanted_tokenizer(config, settings, given), None, say, senses)
         config = config.changed(vocab_size=corpus.tokenizer.vocab_size)
         publication = own_publication(corpus.tokenizer)
     else:
+        if "tokenizer" in given:
+            raise ValueError(
+                f"{settings.init}: keeps its own tokenizer, and tokenizer {settings.tokenizer} was asked for: "
+                "drop the setting, or train from nothing"
+            )
         config, parameters, tokenizer, publication, taught = starting_point(settings.init, config, given)
         senses = taught.config if taught is not None else None
         if settings.chat:
@@ -64,6 +70,19 @@ def ingredients(config: ThinkerConfig, settings: TrainConfig, given: set[str], s
     if isinstance(corpus, ChatCorpus):
         publication = ending_turns(publication, corpus.chat_format)
     return Ingredients(config, corpus, publication, parameters, senses, taught)
+
+
+def wanted_tokenizer(config: ThinkerConfig, settings: TrainConfig, given: set[str]) -> Tokenizer | str:
+    """The kind of tokenizer to train, or that of a file. Raises `ValueError` if it is larger than a set vocab_size."""
+    if settings.tokenizer in KINDS:
+        return settings.tokenizer
+    tokenizer = Tokenizer.from_file(expand_home(settings.tokenizer), complete=True)
+    if "vocab_size" in given and tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{settings.tokenizer}: has {tokenizer.vocab_size:,} tokens with the special ones, "
+            f"more than vocab_size {config.vocab_size:,}: raise vocab_size, or name another tokenizer"
+        )
+    return tokenizer
 
 
 def own_publication(tokenizer: Tokenizer) -> Publication:
