@@ -333,6 +333,18 @@ def test_init_starts_from_a_models_exact_weights_and_tokenizer(text, tmp_path):
         )
 
 
+@pytest.mark.parametrize(("ctx_len", "given", "said"), [(48, {"ctx_len"}, 1), (16, {"ctx_len"}, 0), (48, set(), 0)])
+def test_a_longer_context_than_the_models_is_said(text, tmp_path, ctx_len, given, said):
+    """Bug: a model is published with a context that it has hardly seen the end of, and nobody is told."""
+    train(text, tmp_path / "first", steps=1)
+    lines: list[str] = []
+    with repeatable(None):
+        wanted = settings(text, tmp_path / "second", init=str(tmp_path / "first"))
+        begin(ARCHITECTURE.changed(ctx_len=ctx_len), wanted, given, lines.append)
+    warning = f"ctx_len {ctx_len} is more than the 32 that {tmp_path / 'first'} was trained on"
+    assert sum(warning in line for line in lines) == sum("was trained on" in line for line in lines) == said
+
+
 def test_a_tokenizer_that_cannot_be_had_is_refused(text, tmp_path):
     """Bug: --tokenizer beside --init, or --vocab-size beside a file of more tokens, is ignored in silence."""
     first, _ = train(text, tmp_path / "first", steps=1)

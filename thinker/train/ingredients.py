@@ -59,7 +59,7 @@ def ingredients(config: ThinkerConfig, settings: TrainConfig, given: set[str], s
                 f"{settings.init}: keeps its own tokenizer, and tokenizer {settings.tokenizer} was asked for: "
                 "drop the setting, or train from nothing"
             )
-        config, parameters, tokenizer, publication, taught = starting_point(settings.init, config, given)
+        config, parameters, tokenizer, publication, taught = starting_point(settings.init, config, given, say)
         senses = taught.config if taught is not None else None
         if settings.chat:
             senses = senses_for(settings.data, settings.senses, senses)
@@ -128,12 +128,12 @@ def batches_of(corpus: Corpus | ChatCorpus, settings: TrainConfig, config: Think
 
 
 def starting_point(
-    path: str, wanted: ThinkerConfig, given: set[str]
+    path: str, wanted: ThinkerConfig, given: set[str], say: Say
 ) -> tuple[ThinkerConfig, Mapping[str, np.ndarray | Q8Tensor], Tokenizer, Publication, Modality | None]:
     """Architecture, parameters, tokenizer, what is published beside them, and the senses, of the model --init names.
 
     A Thinker run gives its exact, unfolded parameters; any other model what it has published. Raises `ValueError` when
-    a flag asks for another architecture than the model has.
+    a flag asks for another architecture than the model has; a longer context is said.
     """
     files = open_model(path)
     parameters: Mapping[str, np.ndarray | Q8Tensor]
@@ -152,6 +152,11 @@ def starting_point(
                 "drop the setting, or train from nothing"
             )
     changes = {name: getattr(wanted, name) for name in fields & FREE_ON_INIT}
+    if (ctx_len := changes.get("ctx_len", 0)) > config.ctx_len:
+        say(
+            f"ctx_len {ctx_len} is more than the {config.ctx_len} that {path} was trained on: "
+            "what lies beyond is new to it, and is learned in this run"
+        )
     tokenizer = Tokenizer.from_json(tokenizer_json)
     publication = Publication(
         bos_id=files.bos_id,
