@@ -43,6 +43,7 @@ def test_length_flags_override_either_key_of_the_file(tmp_path, key):
         ({"n_heads": 4, "use_gqa": True, "kv_groups": 3}, ["n_heads 4", "kv_groups 3", "[1, 2, 4]"]),
         ({"optimizer": "sgd"}, ["optimizer", "'sgd'", "'muon'", "'adamw'"]),
         ({"lr": float("nan")}, ["lr"]),
+        ({"data": ["stdlib", ""]}, ["data holds an empty name", "a file or a folder"]),
     ],
 )
 def test_a_mistake_names_the_field_its_value_and_the_remedy(tmp_path, values, parts):

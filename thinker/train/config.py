@@ -82,6 +82,8 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _possible(self) -> TrainConfig:
+        if not all(self.data):
+            raise ValueError("data holds an empty name: give a set, a file or a folder")
         if self.steps is not None and self.minutes is not None:
             raise ValueError(f"steps {self.steps} and minutes {self.minutes:g} exclude each other: give one")
         if self.beta2 is not None and self.beta2_tokens is not None:
