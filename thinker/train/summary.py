@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lzma
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,12 @@ def summarise(run: Run, rows: list[dict[str, Any]], console: Console, wall_secon
         continuations.append(text)
         shown = Text(opening, style="dim").append(text.removeprefix(opening), style="default")
         console.print(Panel(shown, title=f"continuation {number + 1}", title_align="left", width=100))
-    folder = escape(str(run.folder))
+    folder = escape(shlex.quote(str(run.folder)))
     first = next(iter(openings(run, documents)), "").split("\n")[0][:40]
     console.print(
-        f"The loss as a picture: {picture}\n\nNext:\n"
-        f"  thinker generate {folder} {escape(repr(first))} --temperature 0.8\n"
-        f"  thinker eval {folder} --data {escape(' '.join(run.settings.data))}\n"
+        f"The loss as a picture: {escape(str(picture))}\n\nNext:\n"
+        f"  thinker generate {folder} {escape(shlex.quote(first))} --temperature 0.8\n"
+        f"  thinker eval {folder} --data {escape(shlex.join(run.settings.data))}\n"
         f"  thinker train --resume --out {folder} --{'minutes' if run.settings.steps is None else 'steps'} …",
         soft_wrap=True,
     )
