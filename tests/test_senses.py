@@ -478,9 +478,9 @@ def test_a_run_ends_with_what_its_corpus_held_out(data, tmp_path, monkeypatch):
     assert "not asked: " in out.getvalue()
 
 
-def test_results_in_a_file_stand_line_by_line(folder, data, monkeypatch):
+def test_results_in_a_file_stand_line_by_line(folder, data, tmp_path, monkeypatch):
     """Catches a bar that leaves an empty line between two results where nobody sees bars."""
-    corpus = begin(CONFIG, settings(data, folder), set(), lambda line: None).corpus
+    corpus = begin(CONFIG, settings(data, tmp_path / "run"), set(), lambda line: None).corpus
     monkeypatch.setattr("thinker.train.senses_summary.answers", lambda llm, some, _: answers(llm, some[:2], 2))
     out = io.StringIO()
     summarise_senses(folder, [str(data), str(data)], corpus, Console(file=out, width=500))
