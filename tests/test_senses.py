@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -368,6 +369,18 @@ def test_a_conversation_keeps_what_was_attached(folder, data, tmp_path):
     saved = conversations_of(str(tmp_path / "elsewhere.jsonl"))[0]
     assert saved.messages[0] == messages[0]
     assert saved.media[0].path == data.parent / "1.png"
+
+
+def test_a_conversation_goes_on_when_its_file_is_gone(folder, data, tmp_path):
+    """Bug: every later message is refused since the first one's picture was moved away."""
+    llm, ours, copy = load(folder), data.parent / "1.png", tmp_path / "copy.png"
+    shutil.copy(ours, copy)
+    asked, still_asked = ([{"role": "user", "content": [part("image", str(path))]}] for path in (copy, ours))
+    said = llm.chat(asked, max_new_tokens=6)
+    copy.unlink()
+    assert llm.chat(asked, max_new_tokens=6) == llm.chat(still_asked, max_new_tokens=6) == said
+    with pytest.raises(ValueError, match=r"copy\.png: No such file"):
+        load(folder).chat(asked)
 
 
 def test_the_command_takes_attachments_in_order(folder, data, capsys):

@@ -75,8 +75,9 @@ class Reader:
             prepared = medium.prepared(self.senses.config)
             digest = hashlib.sha256(medium.kind.encode() + np.ascontiguousarray(prepared).tobytes()).digest()
             features = self.senses.of(medium.kind)([prepared]).float().numpy()
-            self._kept[key] = (features, int.from_bytes(digest[:5]) << 16)
-            if len(self._kept) > KEPT:
+            # A file that is gone by the next message is what it was, so that a conversation can go on.
+            self._kept[key] = self._kept[repr(medium.gone)] = (features, int.from_bytes(digest[:5]) << 16)
+            while len(self._kept) > 2 * KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
         return self._kept[key]

@@ -56,8 +56,13 @@ class Medium:
         try:
             found = os.stat(self.path)
         except OSError:
-            return [self.key, None]
+            return self.gone
         return [self.key, found.st_size, found.st_mtime_ns]
+
+    @property
+    def gone(self) -> list[Any]:
+        """The state of a file that isn't there."""
+        return [self.key, None]
 
     @property
     def holds_features(self) -> bool:
