@@ -13,7 +13,7 @@ LLAMACPP := CMAKE_ARGS="-DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX
 .PHONY: demo demo-senses env test slow peers check lint types clean
 
 demo: .venv/.installed
-	$(BIN)/thinker train --out runs/demo $(if $(wildcard runs/demo/training),--resume)
+	$(BIN)/thinker train --out runs/demo $(if $(wildcard runs/demo/training/step-*),--resume)
 
 demo-senses: .venv/.installed-senses
 	$(BIN)/python examples/see_and_hear.py --out runs/senses
