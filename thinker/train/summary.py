@@ -47,7 +47,8 @@ def summarise(run: Run, rows: list[dict[str, Any]], console: Console, wall_secon
         shown = Text(opening, style="dim").append(text.removeprefix(opening), style="default")
         console.print(Panel(shown, title=f"continuation {number + 1}", title_align="left", width=100))
     folder = escape(shlex.quote(str(run.folder)))
-    first = next(iter(openings(run, documents)), "").split("\n")[0][:40]
+    lines = next(iter(openings(run, documents)), "").split("\n")
+    first = next((line for line in lines if any(map(str.isalnum, line))), "")[:40]  # no lone bracket or question mark
     console.print(
         f"The loss as a picture: {escape(str(picture))}\n\nNext:\n"
         f"  thinker generate {folder} {escape(shlex.quote(first))} --temperature 0.8\n"
