@@ -37,14 +37,12 @@ def member(me, shape, job):  # type: ignore[no-untyped-def]
     """As thread 0: do the job with the others. As another: do its part of every job, until the team ends."""
     s, job = shapes(shape, 0, 1)[0], jobs(job, 0, 1)[0]
     if me == 0:
-        if call_up(s, job.threads):
-            state = leave_python()  # a helper that is only being started needs Python's lock to come here
-            perform(me, s, job)
-            wait_for_others(s, job.threads)
+        slept = call_up(s, job.threads)
+        state = leave_python() if slept else 0  # a helper that is only being started needs Python's lock to come here
+        perform(me, s, job)
+        wait_for_others(s, job.threads)
+        if slept:
             enter_python(state)
-        else:
-            perform(me, s, job)
-            wait_for_others(s, job.threads)
     else:
         state = leave_python()
         while wait_for_work(me, s):
