@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Annotated, Any
 
 import tyro
@@ -77,7 +76,7 @@ def run_chats(options: Options) -> int:
             if 1 < len(kinds) <= QUESTIONS_SHOWN:
                 report[name]["by_question"] = {words: share(some) for words, some in kinds.items()}
     if options.as_json:
-        print(json.dumps({"model": str(llm.files.path), "exact_match": report}, ensure_ascii=False, indent=2))
+        print(to_json({"model": str(llm.files.path), "exact_match": report}))
         return 0
     width = max(map(len, report))
     for name, row in report.items():

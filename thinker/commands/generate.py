@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..checkpoint.files import to_json
 from ..generate import Generation
 from ..llm import LLM, Backend, DType, load
 
@@ -70,7 +70,7 @@ def run(options: Options) -> int:
             sys.stdout.write(piece.text)
             sys.stdout.flush()
         elif piece.result is not None:
-            print(json.dumps(report(llm, piece.result), ensure_ascii=False, indent=2))
+            print(to_json(report(llm, piece.result)))
     if sys.stdout.isatty() and not options.as_json:
         print()
     return 0
