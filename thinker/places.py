@@ -1,8 +1,7 @@
 """Paths: as people write them, and where Thinker keeps what it can fetch or make again (downloads, tokens, kernels).
 
 Of that only the folder's path: whoever keeps something there makes the folder, and names, checks and removes what is in
-it.
-Nothing but the standard library is imported, so that every room below may ask.
+it. Nothing but the standard library is imported, so that every room below may ask.
 """
 
 from __future__ import annotations
