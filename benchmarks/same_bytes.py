@@ -3,7 +3,9 @@
     python -m benchmarks.same_bytes [--tokens N]
 
 What is compared is every byte of the logits: of one slot on one thread, prefilled in one go, with those of eight slots
-that step together on two threads, and with prefills cut at random places. The tiny configuration, random weights.
+that step together on two threads, and with prefills cut at random places; and the tokens of a text that two threads
+write, in float32 with drafts, with those drawn one by one from one thread's logits. The tiny configuration, random
+weights.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from thinker.bench.limits import processor
 from thinker.decode.decoder import Weights
 from thinker.decode.native import open_native
 from thinker.formats import open_model
+from thinker.sampling import Draws, Sampling
 
 DTYPES: tuple[Literal["float32", "int8"], ...] = ("float32", "int8")
 SLOTS = 8
@@ -49,6 +52,14 @@ def comparisons(files: Weights, dtype: Literal["float32", "int8"], seed: int = 0
         two.truncate(0, 0)
         parts = [two.prefill(0, tokens[:cut], every=True), two.prefill(0, tokens[cut:], every=True)]
         yield len(tokens), different(np.concatenate(parts), reference)
+        first, written, expected = tokens[:1], Draws(SLOTS, config.vocab_size), Draws(1, config.vocab_size)
+        for draws in (written, expected):
+            draws.begin(0, Sampling(temperature=0.5, top_p=0.9, seed=cut))
+        two.truncate(0, 0)
+        one.truncate(0, 0)
+        text = two.run([0], first, written, len(tokens))[0]
+        logits = one.prefill(0, [*first, *text[:-1]], every=True)
+        yield len(text), sum(int(expected.draw([0], row[None])[0] != id) for row, id in zip(logits, text, strict=True))
 
 
 def different(ours: np.ndarray, theirs: np.ndarray) -> int:

@@ -121,10 +121,10 @@ def test_speaking_needs_no_numba_once_kernels_are_kept():
     """Bug: an import brings Numba back, which takes longer than everything else that one answer needs."""
     program = (
         "import sys\n"
-        "from thinker.decode.native.kernels import member, product\n"
+        "from thinker.decode.native.kernels import member, product, round_panels\n"
         "from thinker.sampling import draw_rows\n"
         "import thinker.decode.native.decoder, thinker.generate, thinker.llm, thinker.commands.generate\n"
-        "for kernel in (member, product, draw_rows):\n"
+        "for kernel in (member, product, round_panels, draw_rows):\n"
         "    assert kernel.prepare()\n"
         "print('numba' in sys.modules, 'torch' in sys.modules)\n"
     )

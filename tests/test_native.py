@@ -271,7 +271,8 @@ def test_nothing_reads_past_what_was_written():
     guarded = open_native(files, 3, threads=2)
     for decoder in (clean, guarded):
         if decoder is guarded:
-            decoder._keys[:], decoder._values[:] = np.nan, np.nan
+            for cache in decoder._model.caches:
+                cache[:] = np.nan
         decoder.prefill(1, tokens[:20])
     for token in tokens[20:]:
         ours = guarded.step([1], [token])
@@ -321,8 +322,8 @@ def test_what_is_fetched_ahead_is_what_attention_will_read(config, dtype):
     for slot, length in enumerate(lengths):
         decoder.prefill(slot, tokens_of(config, length))
     decoder.step(range(slots), [1] * slots)
-    s, width = decoder._shape[0], config.head_width
-    words = decoder._plan[s["at_ahead"] : s["at_ahead"] + s["ahead"]]
+    s, width = decoder._model.shape[0], config.head_width
+    words = decoder._model.plan[s["at_ahead"] : s["at_ahead"] + s["ahead"]]
     listed = words[ahead.FIRST : ahead.FIRST + words[ahead.COUNT]].tolist()
     behind = words[ahead.FIRST + len(listed) : s["ahead"] - PIECES + len(listed)]
     assert len(behind) == max(config.d_model, config.d_ff, config.n_heads * width, s["capacity"]) // 32
@@ -330,8 +331,8 @@ def test_what_is_fetched_ahead_is_what_attention_will_read(config, dtype):
     wanted = []
     for group, slot in product_of(range(config.n_kv_heads), range(slots)):
         at, length = slot * s["step_slot"] + group * s["step_head_cache"], lengths[slot] + 1
-        runs = [(decoder._keys, at, -(-length // 32) * 32 * width)]
-        runs += [(decoder._values, at + p * s["capacity"] * 32, length * 32) for p in range(s["head_panels"])]
+        runs = [(decoder._model.caches[0], at, -(-length // 32) * 32 * width)]
+        runs += [(decoder._model.caches[1], at + p * s["capacity"] * 32, length * 32) for p in range(s["head_panels"])]
         for array, first, count in runs:
             begin, size = array.ctypes.data + int(first) * array.itemsize, int(count) * array.itemsize
             wanted += range(begin, begin + size, PIECE)

@@ -59,10 +59,11 @@ def decode(
     prompt: int = 16,
     new: int = 256,
     backend: Literal["native", "torch"] = "native",
+    drafts: bool = True,
     **sampling: Any,
 ) -> Ready:
     """Prompts of `prompt` tokens and `new` tokens after each; everything counts, prefill too."""
-    decoder, about = _open(model, dtype, streams, backend)
+    decoder, about = _open(model, dtype, streams, backend, drafts)
     tokens, slots = some_tokens(decoder.config, prompt), np.arange(streams)
     draws = Draws(streams, decoder.config.vocab_size)
 
@@ -105,7 +106,9 @@ def next_token(model: str, dtype: NativeType, context: int, cached: bool) -> Rea
     return Ready(turn, 1, about)
 
 
-def _open(model: str, dtype: NativeType, slots: int, backend: str = "native") -> tuple[Decoder, dict[str, Any]]:
+def _open(
+    model: str, dtype: NativeType, slots: int, backend: str = "native", drafts: bool = True
+) -> tuple[Decoder, dict[str, Any]]:
     files = open_model(model)
     cached = "float16" if dtype == "int8" else "float32"
     about = {"thinker": thinker.__version__, "weights": dtype, "keys and values": cached}
@@ -114,7 +117,7 @@ def _open(model: str, dtype: NativeType, slots: int, backend: str = "native") ->
 
         llm = LLM(files, "torch", dtype, slots, print)
         return llm.decoder, about | {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    decoder = open_native(files, slots, dtype)
+    decoder = open_native(files, slots, dtype, drafts=drafts)
     size = costs.cache_bytes(files.config, dtype) * files.config.ctx_len
     mine = {"threads": decoder.threads, "bytes of keys and values": size}
     return decoder, about | {"numba": numba.__version__} | mine

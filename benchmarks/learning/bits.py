@@ -63,6 +63,8 @@ TUNED: dict[str, dict[str, Any]] = {
     f"{LLAMA}: lr 0.008": BARE | {"lr": 8e-3},
     f"{LLAMA}: decay 1": BARE | {"weight_decay": 1.0},
     f"{TIED}: decay 1": PLAIN | {"lr": 2e-3, "tie_embeddings": True, "weight_decay": 1.0},
+    f"{TIED}: decay 2": PLAIN | {"lr": 2e-3, "tie_embeddings": True, "weight_decay": 2.0},
+    f"{TIED}: lr 0.008": PLAIN | {"tie_embeddings": True},
     "AdamW, cosine: 8 rows, lr 0.002": PLAIN | {"batch_size": 8, "lr": 2e-3},
     "AdamW, cosine: lr 0.002": PLAIN | {"lr": 2e-3},
     "AdamW, cosine: lr 0.004": PLAIN | {"lr": 4e-3},

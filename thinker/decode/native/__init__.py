@@ -2,7 +2,8 @@
 
 `decoder.py` is the door; `forward.py` the network with its two halves `attention.py` and `mlp.py`; `product.py` the one
 matrix product and `rows.py` what is done to single rows, both of `vectors.py` and shaped for what `processor.py` finds;
-`layout.py` and `packing.py` the memory, `team.py` the threads and `member.py` what they run.
+`layout.py`, `packing.py` and `model.py` the memory; `crew.py` and `team.py` the threads, `member.py` what they run and
+`turns.py` what a job is; `drafts.py` how a text alone is written several tokens at a time.
 """
 
 from __future__ import annotations
@@ -19,16 +20,22 @@ class NativeUnavailable(RuntimeError):
 
 
 def open_native(
-    files: Weights, slots: int = 1, dtype: Literal["float32", "int8"] = "float32", threads: int | None = None
+    files: Weights,
+    slots: int = 1,
+    dtype: Literal["float32", "int8"] = "float32",
+    threads: int | None = None,
+    drafts: bool = True,
 ) -> NativeDecoder:
     """A `NativeDecoder`, or `NativeUnavailable` if Numba is missing or can't compile for this processor."""
     try:
         from .decoder import NativeDecoder
-        from .kernels import member, product
+        from .kernels import member, product, round_panels
 
         for kernel in (member, product):
             kernel.prepare()
+        if not round_panels.is_kept:  # it may not be needed, so that it need not be loaded
+            round_panels.prepare()
     except Exception as error:
         # Whatever goes wrong in here is Numba's or LLVM's, which raise anything: no part of the model is touched yet.
         raise NativeUnavailable(f"no native kernels on this machine: {type(error).__name__}: {error}") from error
-    return NativeDecoder(files, slots, dtype, threads)
+    return NativeDecoder(files, slots, dtype, threads, drafts)

@@ -9,11 +9,8 @@ call. Text is elsewhere, and so is whatever is computed: see `forward.py`.
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Collection
 from dataclasses import dataclass
-from itertools import product as product_of
 from typing import Literal
 
 import numpy as np
@@ -21,13 +18,11 @@ from numpy.typing import ArrayLike
 
 from ...sampling import Draws, check_drawn
 from ..decoder import Decoder, Weights, check_count, check_embeddings, check_room, check_slots, check_tokens
-from .kernels import product
-from .layout import CHUNK, FLOAT16, JOB, MANY_ROWS, QUERIES, ROWS, aligned, lay_out, sparse
-from .pace import Pace, fastest
+from .crew import Crew
+from .drafts import Drafts
+from .layout import FLOAT16, FLOAT32, QUERIES, ROWS, lay_out, sparse
+from .model import BURST, Model
 from .packing import Packed
-from .team import Team
-
-BURST = 32  # tokens of one compiled call
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,9 @@ class NativeDecoder(Decoder):
 
     Beside INT8 weights activations are rounded to 16 bits in blocks of 32; keys and values are float16 there and else
     float32: half as much to read, which many streams wait for.
-    `threads` None measures which number is fastest. Raises `ValueError` for what can't be had.
+    `threads` None measures which number is fastest. A longer text that is written alone in float32 is drafted in INT8,
+    which takes a quarter of the weights' memory more, unless `drafts` is false. Raises `ValueError` for what can't be
+    had.
     """
 
     def __init__(
@@ -55,6 +52,7 @@ class NativeDecoder(Decoder):
         slots: int = 1,
         dtype: Literal["float32", "int8"] = "float32",
         threads: int | None = None,
+        drafts: bool = True,
     ) -> None:
         if not 1 <= slots <= ROWS:
             raise ValueError(f"slots is {slots}: choose 1 to {ROWS}")
@@ -63,31 +61,29 @@ class NativeDecoder(Decoder):
         if threads is not None and threads < 1:
             raise ValueError(f"threads is {threads}: choose at least 1, or none to have it measured")
         self.config, self.slots, self.dtype = files.config, slots, dtype
-        most = threads or processors()
-        shape, sizes = lay_out(files.config, dtype == "int8", most)
-        self._packed = packed = Packed(files, shape, sizes)
+        self._crew = crew = Crew(threads)
+        shape, sizes = lay_out(files.config, dtype == "int8", crew.most, FLOAT16 if dtype == "int8" else FLOAT32)
+        packed = Packed(files, shape, sizes)
         self.weight_bytes = packed.weights.nbytes + packed.scales.nbytes + packed.floats.nbytes
         # Of float16 the bits, since not every processor computes with it.
-        cached = np.int16 if shape[0]["cached"] == FLOAT16 else np.float32
-        piece = int(shape[0]["step_head_cache"])
-        self._keys, self._values = (sparse(slots * sizes.slot, cached, piece) for _ in range(2))
-        self._work, self._plan = aligned(sizes.work, np.float32), aligned(sizes.plan, np.int64)
-        self._rows = np.zeros((3, ROWS), np.int64)
-        self._row_slots, self._row_places, self._row_tokens = self._rows
-        self._drawn = np.zeros(ROWS * BURST, np.int64)
-        self._shape, self._jobs = shape, np.zeros(1, JOB)
-        self._job = self._jobs[0]
-        self._draws: Draws | None = None
-        self._stop = np.zeros(0, np.int64)
+        cached, piece = np.int16 if dtype == "int8" else np.float32, int(shape[0]["step_head_cache"])
+        caches = sparse(slots * sizes.slot, cached, piece), sparse(slots * sizes.slot, cached, piece)
+        self._model = Model(shape, sizes, packed, caches, crew.rows, crew.sync)
         self._lengths = [0] * slots
-        self._point()
-        self._team = Team(shape, self._jobs, most)
-        self._pace: Pace | None = None
-        # Few rows are little work between two meetings, so that fewer threads may be faster; many rows never are.
-        self._most = most
-        self.threads = threads or self._settle(most)
         if threads is None:
-            self._pace = Pace()
+            crew.place(1, 0, 0, 0)
+            crew.settle(self._model)
+        self._drafts = Drafts(files.config, self._model, slots, crew) if drafts and dtype == "float32" else None
+
+    @property
+    def threads(self) -> int:
+        """How many make a token; many rows at once are made by all that there are."""
+        return self._crew.threads
+
+    @property
+    def has_drafts(self) -> bool:
+        """Whether a text that is written alone is drafted by now: see `drafts.py`."""
+        return self._drafts is not None and self._drafts.ready
 
     def length(self, slot: int) -> int:
         """The number of tokens that the slot holds."""
@@ -122,50 +118,54 @@ class NativeDecoder(Decoder):
         kept = np.empty((count if every else 1, self.config.vocab_size), np.float32)
         for start in range(0, count, ROWS):
             n = min(ROWS, count - start)
-            self._row_slots[:n] = slot
-            self._row_places[:n] = np.arange(held + start, held + start + n)
-            if given is not None:
-                self._row_tokens[:n] = given[start : start + n]
-            else:
-                assert vectors is not None
-                self._x[:n] = vectors[start : start + n]
+            places, ids = np.arange(held + start, held + start + n), 0 if given is None else given[start : start + n]
+            self._crew.place(n, slot, places, ids)
+            if vectors is not None:
+                self._model.x[:n] = vectors[start : start + n]
             last = start + n == count
             # A job without the last row's logits would save nothing worth a special case.
-            self._do(n, together=QUERIES, logits_from=0 if every else n - 1, embedded=vectors is not None)
+            first, embedded = 0 if every else n - 1, vectors is not None
+            self._crew.do(self._model, n, together=QUERIES, logits_from=first, embedded=embedded, paced=False)
             if every:
-                kept[start : start + n] = self._logits[:n, : self.config.vocab_size]
+                kept[start : start + n] = self._model.logits[:n, : self.config.vocab_size]
             elif last:
-                kept[0] = self._logits[n - 1, : self.config.vocab_size]
+                kept[0] = self._model.logits[n - 1, : self.config.vocab_size]
             self._lengths[slot] += n
         return kept if every else kept[0]
 
     def step(self, slots: ArrayLike, tokens: ArrayLike) -> np.ndarray:
         """One token to each of n slots: (n, V)."""
-        chosen = self._place(slots, tokens)
+        chosen, ids = self._check(slots, tokens)
         n = len(chosen)
-        self._do(n)
+        self._place(chosen, ids)
+        self._crew.do(self._model, n)
         for slot in chosen:
             self._lengths[slot] += 1
-        return self._logits[:n, : self.config.vocab_size].copy()
+        return self._model.logits[:n, : self.config.vocab_size].copy()
 
     def run(
         self, slots: ArrayLike, tokens: ArrayLike, draws: Draws, count: int = 1, stop: Collection[int] = ()
     ) -> np.ndarray:
         """In few compiled calls, between which Ctrl-C is heard: Python between two tokens would cost a step's 4 %."""
-        chosen = self._place(slots, tokens, count)
-        n = len(chosen)
-        self._bind(draws)
-        if list(stop) != self._stop.tolist():
-            self._stop = np.array(list(stop), np.int64)
-            self._job["stop"], self._job["stops"] = self._stop.ctypes.data, self._stop.size
-        drawn, left = [], count
+        chosen, last = self._check(slots, tokens, count)
+        self._check_draws(draws)
+        n, left, ends = len(chosen), count, np.array(list(stop), np.int64)
+        drafts = self._drafts if n == 1 else None
+        drawn = []
         while left:
-            self._do(n, draw=1, turns=min(BURST, left))
-            done = int(self._job["done"])
+            new = None
+            if drafts is not None:
+                new = drafts.write(chosen[0], self._lengths[chosen[0]], last[0], draws, left, ends)
+            if new is None:
+                self._model.draw_with(draws, ends)
+                self._place(chosen, last)
+                self._crew.do(self._model, n, draw=1, turns=min(BURST, left))
+                new = check_drawn(self._model.drawn[: int(self._model.job["done"]) * n]).reshape(-1, n).copy()
             for slot in chosen:
-                self._lengths[slot] += done
-            drawn.append(check_drawn(self._drawn[: done * n]).reshape(done, n).copy())
-            left = 0 if np.isin(drawn[-1][-1], self._stop).any() else left - done
+                self._lengths[slot] += len(new)
+            drawn.append(new)
+            last = new[-1].tolist()
+            left = 0 if np.isin(new[-1], ends).any() else left - len(new)
         return np.concatenate(drawn).T
 
     def trace(self, tokens: ArrayLike, slot: int = 0) -> NativeTrace:
@@ -180,113 +180,38 @@ class NativeDecoder(Decoder):
         norms = np.zeros((config.n_layers + 1, count), np.float32)
         seen: dict[str, np.ndarray] = {"attention": attention, "experts": experts, "shares": weights, "norms": norms}
         for name, array in seen.items():
-            self._job[f"seen_{name}"] = array.ctypes.data
-        self._job["traced"] = count
+            self._model.job[f"seen_{name}"] = array.ctypes.data
+        self._model.job["traced"] = count
         try:
             logits = self.prefill(slot, tokens, every=True)
         finally:
-            self._job["traced"] = 0
+            self._model.job["traced"] = 0
             self._lengths[slot] = 0
         return NativeTrace(logits, attention, experts, weights, norms)
 
-    def _point(self) -> None:
-        """Fill in the record's addresses; the shared work space was laid out from 0."""
-        s = self._shape[0]
-        work = self._work.ctypes.data
-        for name in ("x", "q", "y", "hidden", "logits", "own"):
-            s[name] = work + 4 * s[name]
-        for name, array in (
-            ("weights", self._packed.weights),
-            ("scales", self._packed.scales),
-            ("floats", self._packed.floats),
-            ("keys", self._keys),
-            ("values", self._values),
-            ("plan", self._plan),
-            ("slots", self._row_slots),
-            ("places", self._row_places),
-            ("tokens", self._row_tokens),
-        ):
-            s[name] = array.ctypes.data
-        s["product"] = product.prepare()
-        s["step_own"] *= 4  # from here on in bytes, as they are added to addresses
-        s["step_plan"] *= 8
-        self._job["drawn"] = self._drawn.ctypes.data
-
-        def rows(address: int, width: int) -> np.ndarray:
-            start = (address - work) // 4
-            return self._work[start : start + ROWS * width].reshape(ROWS, width)
-
-        self._x, self._logits = rows(int(s["x"]), self.config.d_model), rows(int(s["logits"]), int(s["vocab_width"]))
-
-    def _place(self, slots: ArrayLike, tokens: ArrayLike, count: int = 1) -> list[int]:
-        """Put one token a slot into the rows, where `count` fit; plain Python, quicker than numpy for so few."""
+    def _check(self, slots: ArrayLike, tokens: ArrayLike, count: int = 1) -> tuple[list[int], list[int]]:
+        """Slots, with one token each and room for `count`; plain Python, quicker than numpy for so few."""
         chosen: list[int] = np.asarray(slots).tolist() if not isinstance(slots, list) else slots
         ids: list[int] = np.asarray(tokens).tolist() if not isinstance(tokens, list) else tokens
-        lengths, room, vocab = self._lengths, self.config.ctx_len, self.config.vocab_size
         if len(chosen) != len(ids):
             raise ValueError(f"{len(chosen)} slots and {len(ids)} tokens: give one token a slot")
         if len(set(chosen)) != len(chosen) or not chosen or min(chosen) < 0 or max(chosen) >= self.slots:
             check_slots(self.slots, chosen)
-        if min(ids) < 0 or max(ids) >= vocab:
+        if min(ids) < 0 or max(ids) >= self.config.vocab_size:
             check_tokens(self.config, ids)
-        places = [lengths[slot] for slot in chosen]
-        if count < 1 or max(places) + count > room:
-            check_count(self.config, max(places), count)
-        n = len(chosen)
-        self._row_slots[:n], self._row_places[:n], self._row_tokens[:n] = chosen, places, ids
-        return chosen
+        held = max(self._lengths[slot] for slot in chosen)
+        if count < 1 or held + count > self.config.ctx_len:
+            check_count(self.config, held, count)
+        return chosen, ids
 
-    def _bind(self, draws: Draws) -> None:
-        """Tell the kernels of a table of draws."""
-        if draws is self._draws:
-            return
+    def _check_draws(self, draws: Draws) -> None:
+        """Raise `ValueError` for a table of another size."""
         if draws.seen.shape[0] < self.slots or draws.seen.shape[1] != self.config.vocab_size:
             raise ValueError(
                 f"draws are for {draws.seen.shape[0]} slots and {draws.seen.shape[1]} tokens, the decoder has "
                 f"{self.slots} and {self.config.vocab_size}"
             )
-        self._draws = draws  # and keep its arrays alive
-        for name in ("settings", "keys", "seen"):
-            self._job[name] = getattr(draws, name).ctypes.data
 
-    def _do(
-        self,
-        rows: int,
-        *,
-        together: int = 1,
-        logits_from: int = 0,
-        embedded: bool = False,
-        draw: int = 0,
-        turns: int = 1,
-    ) -> None:
-        """One job for the team."""
-        job = self._job
-        job["rows"], job["together"], job["logits_from"], job["embedded"] = rows, together, logits_from, embedded
-        job["draw"], job["turns"] = draw, turns
-        wanted = self._most if rows >= MANY_ROWS else self.threads
-        if self._pace is None or together > 1:
-            job["threads"] = wanted
-            self._team.do()
-            return
-        job["threads"] = threads = self._pace.begin(wanted)
-        start = time.perf_counter()
-        self._team.do()
-        self._pace.end(threads, rows, (time.perf_counter() - start) / (int(job["done"]) if draw else 1))
-
-    def _settle(self, most: int) -> int:
-        """Measure how many threads, and how many panels abreast, make a token fastest: the number of threads."""
-
-        def one_token(choice: tuple[int, int]) -> None:
-            self.threads, self._shape["abreast"] = choice
-            self._do(1)
-
-        counts = [count for count in (1, 2, 4, 8) if count < most] + [most]
-        self._place([0], [0])
-        threads, self._shape["abreast"] = fastest(product_of(counts, (CHUNK, 1)), one_token)
-        return threads
-
-
-def processors() -> int:
-    """How many processors this process may use, 16 at most: more only wait for each other at this size of model."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(allowed, 16)
+    def _place(self, slots: list[int], tokens: list[int]) -> None:
+        """The next token of each slot, into the rows."""
+        self._crew.place(len(slots), slots, [self._lengths[slot] for slot in slots], tokens)

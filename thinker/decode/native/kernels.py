@@ -1,4 +1,4 @@
-"""The two compiled functions of native decoding, for `decoder.py` and `team.py`. To import this compiles nothing.
+"""The compiled functions of native decoding, for `decoder.py` and `team.py`. To import this compiles nothing.
 
 What they are made of is in the files beside this one that import Numba, which only compiling brings in.
 """
@@ -13,3 +13,4 @@ from ...sampling import KERNELS
 SOURCES = [KERNELS, *Path(__file__).parent.glob("*.py")]
 member = Kernel("thinker.decode.native.member", "member", 3, SOURCES)
 product = Kernel("thinker.decode.native.product", "product", 16, SOURCES)
+round_panels = Kernel("thinker.decode.native.rounding", "round_panels", 5, SOURCES)

@@ -31,7 +31,8 @@ PIECES = FETCHED // PIECE  # of them that a thread lists for one layer
 MANY_ROWS = 8  # from here on products are long enough for meetings, and for memory to bring something meanwhile
 SHORT = 1 << 18  # bytes of one head's keys that are allotted at once, however few come
 STRIDE = 16  # words from one thread's to the next: two cache lines, as processors fetch them in pairs
-STATE, BELL = 1, 2  # which of a thread's words says how it is, and where the bell is that wakes it; 0 counts meetings
+# Which of a thread's words says how it is, where the bell is that wakes it, and where its job; 0 counts meetings.
+STATE, BELL, TASK = 1, 2, 3
 ASLEEP, READY, BUSY, ENDED = range(4)  # how a helper is
 FLOAT32, Q8, FLOAT16 = range(3)  # what the panels of a product are made of
 ACTIVATIONS = ("silu", "gelu", "relu", "relu2")
@@ -49,12 +50,15 @@ SHAPE = np.dtype(
     + [("eps", np.float32), ("scale", np.float32)]
 )
 
-# What to do, for all threads: how many rows and threads; `together` neighbours of one slot attend together (1 if each
-# row has a slot of its own); logits from which row on; `traced` positions to be kept for a person to see, 0 for none;
-# whether x is there already (embeddings); how many turns; and, if the next token is to be drawn and run in the
-# following turn, the addresses of `sampling.Draws` and of stop ids, and of the drawn ids, (turns, n).
-_JOB = """rows threads together logits_from traced seen_attention seen_experts seen_shares seen_norms
-    embedded turns draw settings keys seen stop stops drawn done"""
+# What to do, for all threads: with which model, by the address of its record; how many rows and threads; `together`
+# neighbours of one slot attend together (1 if each row has a slot of its own); logits from which row on; `traced`
+# positions to be kept for a person to see, 0 for none; whether x is there already (embeddings); how many turns; and,
+# if the next token is to be drawn and run in the following turn, the addresses of `sampling.Draws` and of stop ids, and
+# of the drawn ids, (turns, n), of which so many turns were done. To write ahead (`turns.py`), the address of the job
+# that drafts, so many tokens a time, and how many checks at most; what comes back is how many there were, and of how
+# many drafted tokens that were compared with what was drawn how many were right.
+_JOB = """shape rows threads together logits_from traced seen_attention seen_experts seen_shares seen_norms
+    embedded turns draw settings keys seen stop stops drawn done draft length checks checked tried right"""
 JOB = np.dtype([(name, np.int64) for name in _JOB.split()])
 
 
@@ -108,8 +112,11 @@ class Sizes:
     plan: int
 
 
-def lay_out(config: ThinkerConfig, quantised: bool, threads: int) -> tuple[np.ndarray, Sizes]:
-    """The record for a model, (1,) of `SHAPE`, all but its addresses, and the sizes of what they will point to."""
+def lay_out(config: ThinkerConfig, quantised: bool, threads: int, cached: int) -> tuple[np.ndarray, Sizes]:
+    """The record for a model, (1,) of `SHAPE`, all but its addresses, and the sizes of what they will point to.
+
+    Weights and caches may be of different types; places of weights and floats are the same for both types of weights.
+    """
     record = np.zeros(1, SHAPE)
     s = record[0]
     D, F, H, G, width = config.d_model, config.d_ff, config.n_heads, config.n_kv_heads, config.head_width
@@ -128,7 +135,7 @@ def lay_out(config: ThinkerConfig, quantised: bool, threads: int) -> tuple[np.nd
         "mixture": config.use_moe,
         "qk_norm": config.use_qk_norm,
         "kind": Q8 if quantised else FLOAT32,
-        "cached": FLOAT16 if quantised else FLOAT32,
+        "cached": cached,
         "activation": ACTIVATIONS.index(config.activation_name),
         "ctx_len": config.ctx_len,
         "capacity": panels(config.ctx_len) * PANEL,

@@ -7,7 +7,7 @@ thread alone is the faster team, for a while.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import TypeVar
 
 Choice = TypeVar("Choice")
@@ -21,28 +21,38 @@ class Pace:
 
     def __init__(self) -> None:
         self.alone_until, self.penalty = 0.0, LEAST
-        self.usual: dict[int, float] = {}
+        self.usual: dict[Hashable, float] = {}
 
     def begin(self, threads: int) -> int:
         """The number of threads for the next job, which is fastest with `threads`."""
         return threads if time.perf_counter() >= self.alone_until else 1
 
-    def end(self, threads: int, rows: int, seconds: float) -> None:
-        """Learn how long a turn of so many rows took with so many threads."""
+    def end(self, threads: int, kind: Hashable, seconds: float) -> None:
+        """Learn how long a turn of this kind took with so many threads."""
         if threads == 1:
             return
-        usual = self.usual.get(rows, seconds)
+        usual = self.usual.get(kind, seconds)
         if seconds > STALLED * usual:
             self.alone_until = time.perf_counter() + self.penalty
             self.penalty = min(2 * self.penalty, MOST)
         else:
             self.penalty = max(self.penalty / 2, LEAST)
         # Attention grows with the text: what is usual may rise, slowly.
-        self.usual[rows] = min(seconds, 1.05 * usual)
+        self.usual[kind] = min(seconds, 1.05 * usual)
 
 
-def fastest(choices: Iterable[Choice], do: Callable[[Choice], None], seconds: float = 0.02) -> Choice:
-    """The choice that `do` is done with fastest; all in turns, each at least twice. A later one must be 5 % better."""
+def fastest(choices: Iterable[Choice], do: Callable[[Choice], None]) -> Choice:
+    """The choice that `do` is done with fastest. A later one must be 5 % better."""
+    taken = seconds_of(choices, do)
+    best = next(iter(taken))
+    for choice, time_taken in taken.items():
+        if time_taken < 0.95 * taken[best]:
+            best = choice
+    return best
+
+
+def seconds_of(choices: Iterable[Choice], do: Callable[[Choice], None], seconds: float = 0.02) -> dict[Choice, float]:
+    """The shortest time that `do` took with each choice; all in turns, each at least twice."""
     taken = dict.fromkeys(choices, float("inf"))
     began, rounds = time.perf_counter(), 0
     while rounds < 2 or time.perf_counter() - began < seconds:
@@ -51,8 +61,4 @@ def fastest(choices: Iterable[Choice], do: Callable[[Choice], None], seconds: fl
             start = time.perf_counter()
             do(choice)
             taken[choice] = min(taken[choice], time.perf_counter() - start)
-    best = next(iter(taken))
-    for choice, time_taken in taken.items():
-        if time_taken < 0.95 * taken[best]:
-            best = choice
-    return best
+    return taken

@@ -8,6 +8,7 @@ twice. Panels of gate and up alternate, so that one pass makes both. What the pl
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,21 @@ from ...config import ThinkerConfig
 from ...formats.q8 import BLOCK, Q8Tensor
 from ...rope import rope_tables
 from ..decoder import Weights
+from .kernels import round_panels
 from .layout import GROUP, PANEL, Q8, Sizes, aligned, panels
 
 
-class Packed:
+@dataclass
+class Panels:
     """A model's tensors: `weights` in float32, or int8 with `scales`, and what stays float32 in `floats`."""
+
+    weights: np.ndarray
+    scales: np.ndarray
+    floats: np.ndarray
+
+
+class Packed(Panels):
+    """The tensors of a model's files."""
 
     def __init__(self, files: Weights, shape: np.ndarray, sizes: Sizes) -> None:
         quantised = bool(shape[0]["kind"] == Q8)
@@ -119,6 +130,15 @@ class Packed:
                 place = target[start + part * size : start + (part + 1) * size]
                 place = place.reshape(count, every, depth // group, PANEL, group)
                 to_panels(place[:, first], source[part * rows : (part + 1) * rows])
+
+
+def round_weights(wide: Panels) -> Panels | None:
+    """Float32 weights in INT8, whose blocks of inputs must be whole; None if they are too large for its scales."""
+    size, scratch = wide.weights.size, np.zeros(2 * PANEL, np.float32)
+    weights, scales = aligned(size, np.int8), aligned(size // BLOCK, np.int16)
+    addresses = (array.ctypes.data for array in (weights, scales, scratch))
+    fits = round_panels(wide.weights.ctypes.data, size, *addresses)
+    return Panels(weights, scales, wide.floats) if fits else None
 
 
 def to_panels(target: np.ndarray, rows: np.ndarray) -> None:

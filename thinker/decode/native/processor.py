@@ -11,6 +11,8 @@ _FEATURES = binding.get_host_cpu_features()
 
 # Thirty-two registers of sixteen float32 numbers, where others have sixteen of eight, or thirty-two of four.
 WIDE = _FEATURES.get("avx512f", False)
+# So many rows' sums fill them, beside one panel's weights or half of it; or fewer rows'.
+TALL, LOW = (8, 4) if WIDE else (6, 2)
 # One instruction multiplies 64 pairs of bytes and adds them up in fours.
 DOTS = _FEATURES.get("avx512vnni", False)
 # One instruction multiplies sixteen pairs of int16 and adds them up in twos.

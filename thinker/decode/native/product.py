@@ -23,7 +23,7 @@ from numba.extending import intrinsic
 from ...compiled.memory import pointer
 from .ahead import take
 from .layout import BLOCK, FLOAT16, PANEL, PIECE, Q8
-from .processor import DOTS, PAIRS, WIDE
+from .processor import DOTS, LOW, PAIRS, TALL, WIDE
 from .vectors import (
     BYTE,
     FLOAT,
@@ -44,8 +44,8 @@ from .vectors import (
 
 CACHE_LINE = 64  # bytes
 STREAM = 8192  # bytes that a stream of weights is asked for ahead
-# What fits into the registers: so many rows by so many outputs, fewer rows by a panel, or one row by some panels.
-TALL, BESIDE, LOW, ABREAST = (8, PANEL, 4, 4) if WIDE else (6, PANEL // 2, 2, 2)
+# What fits into the registers beside each other: so many outputs of `TALL` rows, or so many panels of one row.
+BESIDE, ABREAST = (PANEL, 4) if WIDE else (PANEL // 2, 2)
 
 
 def _fetch(builder: ir.IRBuilder, pointer: ir.Value, ahead: int, near: int = 3) -> None:

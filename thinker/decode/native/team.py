@@ -28,18 +28,16 @@ PYTHON.PyThread_release_lock.argtypes = PYTHON.PyThread_free_lock.argtypes = (ct
 class Team:
     """The threads of one decoder. `do` is called from one thread at a time."""
 
-    def __init__(self, shape: np.ndarray, jobs: np.ndarray, size: int) -> None:
-        self.shape, self.jobs = shape, jobs
+    def __init__(self, size: int) -> None:
         self.sync = np.zeros(size * STRIDE, np.int64)
-        shape["sync"] = self.sync.ctypes.data
-        self.addresses = shape.ctypes.data, jobs.ctypes.data
+        self.address = self.sync.ctypes.data
         self.process = 0
 
-    def do(self) -> None:
-        """Do what `jobs` says, with as many threads as it says."""
+    def do(self, task: int) -> None:
+        """Do what the job at the address `task` says, with as many threads as it says."""
         if self.process != os.getpid():
             self._gather()
-        member(0, *self.addresses)
+        member(0, self.address, task)
 
     def _gather(self) -> None:
         """Start the helpers, asleep: a new team's, or those that a forked child lacks."""
@@ -48,8 +46,9 @@ class Team:
         weakref.finalize(self, dismiss, self.sync, bells)
         for me, bell in enumerate(bells, start=1):
             self.sync[me * STRIDE + BELL] = bell.address
-            arguments = (me, self.shape, self.jobs, self.sync, bell)
-            threading.Thread(target=help_out, args=arguments, name=f"thinker-native-{me}", daemon=True).start()
+            thread = threading.Thread(target=help_out, args=(me, self.sync, bell), name=f"thinker-native-{me}")
+            thread.daemon = True
+            thread.start()
         self.process = os.getpid()
 
 
@@ -67,9 +66,9 @@ class Bell:
         PYTHON.PyThread_release_lock(self.address)
 
 
-def help_out(me: int, shape: np.ndarray, jobs: np.ndarray, sync: np.ndarray, bell: Bell) -> None:
-    """A helper's life. It keeps all memory that it watches while idle, its bell and the words of `sync` too."""
-    member(me, shape.ctypes.data, jobs.ctypes.data)
+def help_out(me: int, sync: np.ndarray, bell: Bell) -> None:
+    """A helper's life. It keeps all memory that it watches while idle: its bell and the words of `sync`."""
+    member(me, sync.ctypes.data, 0)
 
 
 def dismiss(sync: np.ndarray, bells: list[Bell]) -> None:

@@ -1,0 +1,143 @@
+"""Drafts: the same text to the last byte, only faster, and none where they don't pay or can't be had."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import small
+from test_native import files_of, model_of
+
+from thinker.decode.native import drafts as module
+from thinker.decode.native import open_native
+from thinker.decode.native.decoder import NativeDecoder
+from thinker.decode.native.drafts import LENGTHS, Drafts
+from thinker.decode.native.layout import FLOAT32, lay_out
+from thinker.decode.native.packing import Packed, round_weights
+from thinker.sampling import Draws, Sampling
+
+PROMPT = [1, 2, 3]
+SAMPLINGS = [Sampling(), Sampling(temperature=0.7, top_p=0.9, repetition_penalty=1.1, seed=7), Sampling(temperature=2)]
+
+
+@pytest.fixture(params=[1, 3, 7])
+def drafting(request, monkeypatch):
+    """Drafts from the first token on, always of one length."""
+    monkeypatch.setattr(module, "PATIENCE", 0)
+    monkeypatch.setattr(Drafts, "_length", lambda _: request.param)
+    return request.param
+
+
+def text_of(decoder, sampling, counts, stop=(), slot=0):
+    """A text in as many calls as there are counts, and all that it leaves behind."""
+    draws = Draws(decoder.slots, decoder.config.vocab_size)
+    draws.begin(slot, sampling, 0, PROMPT)
+    decoder.truncate(slot, 0)
+    text = [int(draws.draw([slot], decoder.prefill(slot, PROMPT)[None])[0])]
+    for count in counts:
+        text += decoder.run([slot], text[-1:], draws, count, stop)[0].tolist()
+    held = decoder.length(slot)
+    after = decoder.step([slot], [4]).tobytes() if held < decoder.config.ctx_len else b""
+    return text, held, draws.keys.tolist(), draws.seen.tobytes(), after
+
+
+def checked(decoder):
+    """How many drafted tokens were compared in the last call."""
+    return int(decoder._model.job["tried"])
+
+
+@pytest.mark.parametrize("config", ["dense", "gqa_qk_norm", "moe", "everything", "tied"], indirect=True)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_text_is_what_it_is_without_drafts(config, threads, drafting):
+    """Bug: a token is INT8's, a rejected draft's keys stay, or a random number is used twice or left out."""
+    config = config.changed(d_ff=64, head_dim=16, ctx_len=64)
+    files = files_of(model_of(config))
+    plain, quick = NativeDecoder(files, 2, threads=threads, drafts=False), NativeDecoder(files, 2, threads=threads)
+    for sampling in SAMPLINGS:
+        for counts in ((40,), (1, 2, 30, 5), (61,)):  # the last fills the context
+            assert text_of(quick, sampling, counts, slot=1) == text_of(plain, sampling, counts, slot=1)
+            assert checked(quick)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_nothing_is_drawn_behind_the_end_of_a_text(sampling, drafting):
+    """Bug: the check draws on behind a drafted stop id, so that a text that goes on all the same is another."""
+    config = small("dense", d_ff=64)
+    files = files_of(model_of(config))
+    plain, quick = NativeDecoder(files, drafts=False), NativeDecoder(files)
+    text = text_of(plain, sampling, (40,))[0]
+    ended = 0
+    for stop in set(text):
+        expected = text_of(plain, sampling, (20, 12), {stop})
+        assert text_of(quick, sampling, (20, 12), {stop}) == expected
+        ended += len(expected[0]) < 33
+    assert ended > 2
+
+
+def test_logits_without_a_finite_number_are_refused(drafting):
+    """Bug: a draft of a diverged model loops for ever, or its -1 is taken for a token."""
+    config = small("dense", d_ff=64)
+    model = model_of(config)
+    decoder = NativeDecoder(files_of(model))
+    decoder.prefill(0, PROMPT)
+    decoder._model.panels.floats[:] = np.nan  # which the draft shares
+    with pytest.raises(ValueError, match="no finite number"):
+        decoder.run([0], [4], Draws(1, config.vocab_size), 10)
+
+
+@pytest.mark.parametrize("config", ["dense", "gqa_qk_norm", "moe", "tied"], indirect=True)
+def test_weights_are_rounded_to_q8_0(config):
+    """Bug: the draft has other weights than INT8 has, which no text shows, only that fewer of its tokens are right."""
+    config = config.changed(d_ff=64)
+    files = files_of(model_of(config))
+    rounded = round_weights(Packed(files, *lay_out(config, False, 1, FLOAT32)))
+    packed = Packed(files, *lay_out(config, True, 1, FLOAT32))
+    assert np.array_equal(rounded.scales, packed.scales)
+    used = packed.weights != 0  # padding, whose bytes say 0 or -128
+    assert np.array_equal(rounded.weights[used], packed.weights[used])
+    assert np.isin(rounded.weights[~used], [0, -128]).all()
+    assert used.mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    "reason", ["not wanted", "INT8", "no whole blocks", "too large for INT8", "not alone", "short"]
+)
+def test_no_drafts_where_they_can_not_be(reason):
+    """Bug: the decoder fails where it only can't be made faster, or takes memory for what isn't used."""
+    config = small("dense", d_ff=48 if reason == "no whole blocks" else 64, ctx_len=10 if reason == "short" else 256)
+    model = model_of(config)
+    if reason == "too large for INT8":
+        model.tok_emb.weight.data[0, 0] = 1e9
+    dtype = "int8" if reason == "INT8" else "float32"
+    decoder = NativeDecoder(files_of(model), 2, dtype, drafts=reason != "not wanted")
+    draws, slots = Draws(2, config.vocab_size), [0, 1] if reason == "not alone" else [0]
+    for _ in range(10):
+        for slot in slots:
+            decoder.truncate(slot, 0)
+            decoder.prefill(slot, PROMPT)
+        decoder.run(slots, [4] * len(slots), draws, min(100, config.ctx_len - 4))
+    assert not decoder.has_drafts
+
+
+def test_drafts_come_when_a_text_is_long_enough():
+    """Bug: every short answer waits until weights are rounded, or no text ever gets drafts."""
+    decoder = open_native(files_of(model_of(small("dense", d_ff=64, ctx_len=256))), threads=1)
+    text_of(decoder, Sampling(), (40,))
+    assert not decoder.has_drafts
+    text_of(decoder, Sampling(), (40, 100))
+    assert decoder.has_drafts
+    assert set(decoder._drafts._seconds) == {0, *LENGTHS}
+
+
+def test_drafts_are_as_long_as_pays():
+    """Bug: it drafts on though nothing comes true, or gives up for good after one hard text."""
+    drafts = object.__new__(Drafts)
+    drafts._seconds = {0: 1.0, 3: 1.8, 7: 2.6}
+    drafts._tried = 10.0
+    for share, length in ((1.0, 7), (0.9, 7), (0.7, 3), (0.3, 0)):
+        drafts._right = 10.0 * share
+        assert drafts._length() == length, share
+    calls = 0
+    while drafts._length() == 0:
+        assert drafts.write(0, 10, 4, None, 50, None) is None
+        calls += 1
+    assert 10 < calls < 100

@@ -1,0 +1,129 @@
+"""Speculative decoding (arXiv 2211.17192): float32's tokens, drafted by the same model in INT8 and checked together.
+
+To read float32 weights takes most of a token's time, and to read them for eight rows hardly more than for one. So INT8,
+which reads a quarter, draws the next few tokens first; then one pass of float32 over all of them says how many are
+right. What is written is drawn from float32's logits with the text's own random numbers: it is what it would be
+without, to the last byte, and only comes faster. INT8 attends to float32's keys and values, and what it writes behind
+them the check replaces.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...config import ThinkerConfig
+from ...sampling import Draws, check_drawn
+from .crew import Crew
+from .layout import BLOCK, FLOAT32, lay_out
+from .model import BURST, Model
+from .pace import seconds_of
+from .packing import round_weights
+from .processor import LOW, TALL
+
+LENGTHS = (LOW - 1, TALL - 1)  # of a draft: with the token before it, as many rows as the product takes at once
+PATIENCE = 64  # tokens before the first draft, as getting ready for drafts takes as long as some 50
+FEW = 4  # tokens without a draft whose time is measured
+USUAL = 0.9  # the share of drafted tokens that are right, as long as nothing is known
+MEMORY = 0.9  # of what was known before a check, so much counts after it
+FORGOTTEN = 0.03  # and so much of it is lost in a call without drafts
+
+
+class Drafts:
+    """What drafts for a float32 `model`, with the same crew; made when some tokens have been written without."""
+
+    def __init__(self, config: ThinkerConfig, model: Model, slots: int, crew: Crew) -> None:
+        self._config, self._model, self._slots, self._crew = config, model, slots, crew
+        self._draft: Model | None = None
+        self._draws: Draws | None = None
+        self._waiting: float = PATIENCE
+        if any(width % BLOCK for width in (config.d_model, config.d_ff, config.n_heads * config.head_width)):
+            self._waiting = float("inf")  # INT8 has no such blocks
+        self._seconds: dict[int, float] = {}  # of a draft of each length with its check; of a token without; or empty
+        self._tried, self._right = 10.0, 10.0 * USUAL
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is something that drafts."""
+        return bool(self._seconds)
+
+    def write(self, slot: int, held: int, token: int, draws: Draws, left: int, stop: np.ndarray) -> np.ndarray | None:
+        """Append a token to the `held` ones of a slot and draw the next, at most `left`: int64 (k, 1).
+
+        All but the last are appended too. None if that is better done without drafts, at least for a while.
+        """
+        if left == 1:
+            return None
+        if not self.ready:
+            self._waiting -= left
+            if self._waiting > 0 or not self._prepare(slot, held, token):
+                return None
+        length = self._length()
+        if length:
+            return self._write(slot, held, token, draws, stop, length, min(left, BURST))
+        # Another text may be easier to foresee, so that drafts are worth a try some time.
+        self._right += FORGOTTEN * (USUAL * self._tried - self._right)
+        return None
+
+    def _length(self) -> int:
+        """How many tokens to draft now: what is likely to bring most tokens a second."""
+        share = self._right / self._tried
+
+        def speed(length: int) -> float:
+            return sum(share**place for place in range(length + 1)) / self._seconds[length]
+
+        return max(self._seconds, key=speed)
+
+    def _write(
+        self,
+        slot: int,
+        held: int,
+        token: int,
+        draws: Draws,
+        stop: np.ndarray,
+        length: int,
+        most: int,
+        checks: int = BURST,
+    ) -> np.ndarray:
+        """As `write`, in drafts of so many tokens, `most` of them in all."""
+        assert self._draft is not None
+        assert self._draws is not None
+        self._model.draw_with(draws, stop)
+        self._draft.draw_with(self._draws, stop)
+        self._crew.place(1, slot, held, token)
+        self._crew.write_ahead(self._model, self._draft, length, most, checks)
+        job = self._model.job
+        kept = MEMORY ** int(job["checked"])
+        self._tried, self._right = kept * self._tried + int(job["tried"]), kept * self._right + int(job["right"])
+        return check_drawn(self._model.drawn[: int(job["done"]), None]).copy()
+
+    def _prepare(self, slot: int, held: int, token: int) -> bool:
+        """Round the weights, and measure what a draft and its check take: whether that could be done.
+
+        It needs room behind the `held` tokens of a slot, and leaves keys and values there that mean nothing.
+        """
+        if held + max(*LENGTHS, FEW) + 1 > self._config.ctx_len:
+            return False
+        rounded = round_weights(self._model.panels)
+        if rounded is None:
+            self._waiting = float("inf")
+            return False
+        crew = self._crew
+        shape, sizes = lay_out(self._config, True, crew.most, FLOAT32)
+        self._draft = Model(shape, sizes, rounded, self._model.caches, crew.rows, crew.sync)
+        crew.place(1, slot, held, token)
+        crew.settle(self._draft, [crew.threads])
+        draws, self._draws = (Draws(self._slots, self._config.vocab_size) for _ in range(2))
+        none = np.zeros(0, np.int64)
+
+        def turn(length: int) -> None:
+            if length:
+                self._write(slot, held, token, draws, none, length, length + 1, checks=1)
+            else:
+                self._model.draw_with(draws, none)
+                crew.place(1, slot, held, token)
+                crew.do(self._model, 1, draw=1, turns=FEW)
+
+        seconds = seconds_of((0, *LENGTHS), turn, seconds=0)
+        self._seconds = seconds | {0: seconds[0] / FEW}
+        self._tried, self._right = 10.0, 10.0 * USUAL
+        return True
