@@ -123,7 +123,7 @@ class Drafts:
                 crew.place(1, slot, held, token)
                 crew.do(self._model, 1, draw=1, turns=FEW)
 
-        seconds = seconds_of((0, *LENGTHS), turn, seconds=0)
+        seconds = seconds_of((0, *LENGTHS), turn)
         self._seconds = seconds | {0: seconds[0] / FEW}
         self._tried, self._right = 10.0, 10.0 * USUAL
         return True
