@@ -1,4 +1,4 @@
-"""What a thread's next attention will read: pieces of keys and values that its products have fetched on the way.
+"""What a thread will soon read: pieces of keys and values that its products have fetched on the way, a token's vector.
 
 Attention waits for memory, products for the processor. Where each row has a slot of its own, the caches outgrow the
 processor's, and a layer's keys and values come while the layer before is computed. Nothing is read, only asked for.
@@ -6,11 +6,13 @@ processor's, and a layer's keys and values come while the layer before is comput
 
 from __future__ import annotations
 
-from numba import njit
+from numba import njit, types
+from numba.extending import intrinsic
 
-from ...compiled.memory import integers
-from .layout import FLOAT16, MANY_ROWS, PANEL, PIECE, PIECES
+from ...compiled.memory import integers, pointer
+from .layout import FLOAT16, FLOAT32, GROUP, MANY_ROWS, PANEL, PIECE, PIECES
 from .shares import share_of_attention
+from .vectors import BYTE, fetch
 
 NEXT, COUNT, FIRST = range(3)  # words of a list: the next piece, how many there are, and from here on their addresses
 
@@ -69,3 +71,24 @@ def take(pieces, count):  # type: ignore[no-untyped-def]
     at = words[NEXT]
     words[NEXT] = min(at + count, words[COUNT])
     return pieces + 8 * (FIRST + at)
+
+
+@njit(error_model="numpy")
+def ask_for_vector(s, token):  # type: ignore[no-untyped-def]
+    """Have a token's vector come, which `embed` will take."""
+    beside, group, size = s.beside, 1 if s.tokens_kind == FLOAT32 else GROUP, 4 if s.tokens_kind == FLOAT32 else 1
+    at, step = s.at_embedding + token // beside * s.d_model * beside + token % beside * group, group * beside * size
+    for further in range(0, s.d_model // group * step, max(step, 64)):
+        ask(s.vectors, at * size + further)
+
+
+@intrinsic
+def ask(typing, address, at):  # type: ignore[no-untyped-def]
+    """Have a cache line come: the one of byte `at` from the address on."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        address, at = arguments
+        fetch(builder, pointer(builder, address, BYTE, at), 0)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate

@@ -103,13 +103,16 @@ class Drafts:
         """
         if held + max(*LENGTHS, FEW) + 1 > self._config.ctx_len:
             return False
-        rounded = round_weights(self._model.panels)
+        crew, wide = self._crew, self._model
+        # All but the embedding, unless it is the head as well: of that, few numbers are read.
+        matrices = int(wide.shape[0]["at_embedding"]) if wide.shape[0]["beside"] == 1 else wide.panels.weights.size
+        rounded = round_weights(wide.panels, matrices)
         if rounded is None:
             self._waiting = float("inf")
             return False
-        crew = self._crew
         shape, sizes = lay_out(self._config, True, crew.most, FLOAT32)
-        self._draft = Model(shape, sizes, rounded, self._model.caches, crew.rows, crew.sync)
+        self._draft = Model(shape, sizes, rounded, wide.caches, crew.rows, crew.sync)
+        shape["tokens_kind"], shape["vectors"] = FLOAT32, wide.shape["weights"]
         crew.place(1, slot, held, token)
         crew.settle(self._draft, [crew.threads])
         draws, self._draws = (Draws(self._slots, self._config.vocab_size) for _ in range(2))

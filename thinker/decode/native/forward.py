@@ -48,24 +48,24 @@ def forward(me, s, job):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def embed(me, s, job):  # type: ignore[no-untyped-def]
-    """x = the tokens' vectors, some of their columns. They lie across a panel, since the head may share the matrix."""
-    D = s.d_model
-    first, last = share(me, job.threads, D)
-    for row in range(job.rows):
+    """x = the tokens' vectors, of some rows."""
+    D, beside = s.d_model, s.beside
+    first, last = share(me, job.threads, job.rows)
+    for row in range(first, last):
         token = integers(s.tokens, row, 1)[0]
-        at = s.at_embedding + token // PANEL * D * PANEL
+        at, lane = s.at_embedding + token // beside * D * beside, token % beside
         x = floats(s.x, row * D, D)
-        if s.kind == FLOAT32:
-            column = floats(s.weights, at + token % PANEL, D * PANEL)
-            for i in range(first, last):
-                x[i] = column[i * PANEL]
+        if s.tokens_kind == FLOAT32:
+            column = floats(s.vectors, at + lane, D * beside)
+            for i in range(D):
+                x[i] = column[i * beside]
         else:
-            quants = bytes_(s.weights, at + token % PANEL * GROUP, D * PANEL)
-            scales = shorts(s.scales, at // BLOCK + token % PANEL, D // BLOCK * PANEL)
-            for i in range(first, last):
+            quants = bytes_(s.vectors, at + lane * GROUP, D * beside)
+            scales = shorts(s.scales, at // BLOCK + lane, D // BLOCK * beside)
+            for i in range(D):
                 # float16 bits to float32: 13 bits more of mantissa, and an exponent that counts from 127 and not 15.
-                scale = np.int32(np.int32(scales[i // BLOCK * PANEL]) << 13).view(np.float32) * np.float32(2.0**112)
-                weight = quants[i // GROUP * GROUP * PANEL + i % GROUP] ^ np.int8(-128)
+                scale = np.int32(np.int32(scales[i // BLOCK * beside]) << 13).view(np.float32) * np.float32(2.0**112)
+                weight = quants[i // GROUP * GROUP * beside + i % GROUP] ^ np.int8(-128)
                 x[i] = np.float32(weight) * scale
 
 

@@ -37,9 +37,10 @@ ASLEEP, READY, BUSY, ENDED = range(4)  # how a helper is
 FLOAT32, Q8, FLOAT16 = range(3)  # what the panels of a product are made of
 ACTIVATIONS = ("silu", "gelu", "relu", "relu2")
 
-_COUNTS = """layers d_model d_ff heads groups width vocab experts chosen gated mixture qk_norm kind cached activation
-    ctx_len capacity abreast ahead head_panels ff_panels model_panels vocab_panels head_width ff_width vocab_width"""
-_ADDRESSES = "product weights scales floats keys values x q y hidden logits own plan slots places tokens sync"
+_COUNTS = """layers d_model d_ff heads groups width vocab experts chosen gated mixture qk_norm kind cached
+    tokens_kind beside activation ctx_len capacity abreast ahead head_panels ff_panels model_panels vocab_panels
+    head_width ff_width vocab_width"""
+_ADDRESSES = "product weights scales floats vectors keys values x q y hidden logits own plan slots places tokens sync"
 _PLACES = """at_layers step_layer at_out at_up step_up at_down step_down at_embedding at_head
     at_cos at_sin at_norm at_layer_floats step_layer_floats at_norm2 at_q_norm at_k_norm at_router
     step_slot step_layer_cache step_head_cache
@@ -136,6 +137,8 @@ def lay_out(config: ThinkerConfig, quantised: bool, threads: int, cached: int) -
         "qk_norm": config.use_qk_norm,
         "kind": Q8 if quantised else FLOAT32,
         "cached": cached,
+        "tokens_kind": Q8 if quantised else FLOAT32,
+        "beside": PANEL if config.tie_embeddings else 1,
         "activation": ACTIVATIONS.index(config.activation_name),
         "ctx_len": config.ctx_len,
         "capacity": panels(config.ctx_len) * PANEL,
@@ -152,6 +155,7 @@ def lay_out(config: ThinkerConfig, quantised: bool, threads: int, cached: int) -
     together = max(QUERIES, H // G)
 
     # Weights: layers of (q, k, v heads | out_proj | experts' gate and up panels in turn | their down), head, embedding.
+    # Its vectors lie one after another, `beside` is 1, unless they are the head's and lie across its panels.
     layer = Places()
     layer.take((H + 2 * G) * head_width * D)
     s["step_up"], s["step_down"] = (1 + config.use_swiglu) * ff_width * D, panels(D) * PANEL * F

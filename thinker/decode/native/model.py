@@ -40,6 +40,7 @@ class Model:
         names = ("weights", "scales", "floats", "keys", "values", "plan", "slots", "places", "tokens")
         for name, array in zip(names, arrays, strict=True):
             s[name] = array.ctypes.data
+        s["vectors"] = s["weights"]
         s["product"], s["sync"] = product.prepare(), sync
         s["step_own"] *= 4  # from here on in bytes, as they are added to addresses
         s["step_plan"] *= 8

@@ -44,7 +44,7 @@ class Packed(Panels):
         for at, table in zip((s["at_cos"], s["at_sin"]), rope_tables(config), strict=True):
             self.keep(at, table)
         self.keep(s["at_norm"], self.tensors["norm.scale"])
-        self.pack(s["at_embedding"], "tok_emb.weight")
+        self.pack(s["at_embedding"], "tok_emb.weight", beside=int(s["beside"]))
         if not config.tie_embeddings:
             self.pack(s["at_head"], "head.weight")
         for layer in range(config.n_layers):
@@ -103,9 +103,10 @@ class Packed(Panels):
         parts: int = 1,
         every: int = 1,
         first: int = 0,
+        beside: int = PANEL,
         factor: str = "",
     ) -> None:
-        """Panels of the matrix `name` (N, k), or of its `index`-th of a stack, from `at` on.
+        """Panels of the matrix `name` (N, k), or of its `index`-th of a stack, from `at` on, of so many rows `beside`.
 
         Its rows may form `parts` that are padded one by one. `every` 2 leaves every second panel to another matrix,
         beginning with panel `first`. `factor` names a vector that scales the outputs, if there is one of that name.
@@ -114,7 +115,7 @@ class Packed(Panels):
         if factor in self.tensors:
             matrix = as_floats(matrix) * as_floats(self.tensors[factor])[:, None]
         rows, k = matrix.shape[0] // parts, matrix.shape[1]
-        count = panels(rows)
+        count = -(-rows // beside)
         if not self.quantised:
             layers = [(self.weights, as_floats(matrix), 1, 1)]
         else:
@@ -125,16 +126,16 @@ class Packed(Panels):
             layers = [(self.weights, quants ^ np.int8(-128), 1, GROUP), (self.scales, scales.view(np.int16), BLOCK, 1)]
         for target, source, block, group in layers:
             depth, start = k // block, at // block
-            size = count * every * depth * PANEL
+            size = count * every * depth * beside
             for part in range(parts):
                 place = target[start + part * size : start + (part + 1) * size]
-                place = place.reshape(count, every, depth // group, PANEL, group)
+                place = place.reshape(count, every, depth // group, beside, group)
                 to_panels(place[:, first], source[part * rows : (part + 1) * rows])
 
 
-def round_weights(wide: Panels) -> Panels | None:
-    """Float32 weights in INT8, whose blocks of inputs must be whole; None if they are too large for its scales."""
-    size, scratch = wide.weights.size, np.zeros(2 * PANEL, np.float32)
+def round_weights(wide: Panels, size: int) -> Panels | None:
+    """The first float32 weights in INT8, whose blocks of inputs must be whole; None if too large for its scales."""
+    scratch = np.zeros(2 * PANEL, np.float32)
     weights, scales = aligned(size, np.int8), aligned(size // BLOCK, np.int16)
     addresses = (array.ctypes.data for array in (weights, scales, scratch))
     fits = round_panels(wide.weights.ctypes.data, size, *addresses)
@@ -142,11 +143,12 @@ def round_weights(wide: Panels) -> Panels | None:
 
 
 def to_panels(target: np.ndarray, rows: np.ndarray) -> None:
-    """Copy (N, k) into panels (P, k / group, 32, group); what is beyond N stays as it is."""
-    whole, depth, group = len(rows) // PANEL, target.shape[1], target.shape[3]
-    target[:whole] = rows[: whole * PANEL].reshape(whole, PANEL, depth, group).transpose(0, 2, 1, 3)
-    if len(rows) % PANEL:
-        rest = rows[whole * PANEL :]
+    """Copy (N, k) into panels (P, k / group, `beside`, group); what is beyond N stays as it is."""
+    _, depth, beside, group = target.shape
+    whole = len(rows) // beside
+    target[:whole] = rows[: whole * beside].reshape(whole, beside, depth, group).transpose(0, 2, 1, 3)
+    if len(rows) % beside:
+        rest = rows[whole * beside :]
         target[whole, :, : len(rest)] = rest.reshape(len(rest), depth, group).transpose(1, 0, 2)
 
 

@@ -33,6 +33,7 @@ from .vectors import (
     SHORT,
     WORD,
     WORDS,
+    fetch,
     fma,
     from_half,
     load,
@@ -46,17 +47,6 @@ CACHE_LINE = 64  # bytes
 STREAM = 8192  # bytes that a stream of weights is asked for ahead
 # What fits into the registers beside each other: so many outputs of `TALL` rows, or so many panels of one row.
 BESIDE, ABREAST = (PANEL, 4) if WIDE else (PANEL // 2, 2)
-
-
-def _fetch(builder: ir.IRBuilder, pointer: ir.Value, ahead: int, near: int = 3) -> None:
-    """Ask for the cache line so many bytes further, which may lie beyond the array: nothing is read.
-
-    near: into all caches with 3, all but the first with 2.
-    """
-    switches = [WORD(value) for value in (0, near, 1)]  # to be read, where to, data
-    kinds = [BYTE.as_pointer(), *(switch.type for switch in switches)]
-    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), kinds), "llvm.prefetch.p0")
-    builder.call(function, [builder.gep(pointer, [INT(ahead)]), *switches])
 
 
 def _add_fours(builder: ir.IRBuilder, total: ir.Value, weights: ir.Value, values: ir.Value) -> ir.Value:
@@ -123,7 +113,7 @@ def _tile(rows: int, outputs: int, dots: bool = DOTS) -> Any:
                 """Have the weights fetched that lie `further` elements behind those of `count` inputs from j on."""
                 place = builder.gep(column, [builder.add(further, builder.mul(j, INT(PANEL)))])
                 for line in range(0, count * PANEL * (1 if column.type.pointee == BYTE else 4), CACHE_LINE):
-                    _fetch(builder, builder.bitcast(place, BYTE.as_pointer()), line)
+                    fetch(builder, builder.bitcast(place, BYTE.as_pointer()), line)
 
             def piece_for(j):  # type: ignore[no-untyped-def]
                 """What to have fetched during the block of inputs that begins with j."""
@@ -136,7 +126,7 @@ def _tile(rows: int, outputs: int, dots: bool = DOTS) -> Any:
                 def one(j, sums, begin, piece):  # type: ignore[no-untyped-def]
                     if busy:
                         line = builder.mul(builder.sub(j, begin), INT(PIECE // BLOCK))
-                        _fetch(builder, builder.gep(piece, [line]), 0, near=2)
+                        fetch(builder, builder.gep(piece, [line]), 0, near=2)
                     if rows > 1 and element == FLOAT:
                         with builder.if_then(asking):
                             ask(starts[0], j, w_step, 1)
@@ -188,7 +178,7 @@ def _tile(rows: int, outputs: int, dots: bool = DOTS) -> Any:
                             words = [builder.bitcast(builder.gep(row, [begun]), WORD.as_pointer()) for row in inputs]
                             values = [spread(builder, builder.load(word)) for word in words]
                             for line in islice(lines, 2 if busy else 0):
-                                _fetch(builder, piece, line, near=2)
+                                fetch(builder, piece, line, near=2)
                             parts = [
                                 add(builder, part, weights[i % vectors], values[i // vectors])
                                 for i, part in enumerate(parts)

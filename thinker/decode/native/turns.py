@@ -12,6 +12,7 @@ from numba import from_dtype, njit
 
 from ...compiled.memory import apart, doubles, floats, integers, marks, unsigned, view_of, words
 from ...sampling_kernels import draw_one
+from .ahead import ask_for_vector
 from .atomics import barrier
 from .forward import embed, forward
 from .layout import JOB, SHAPE
@@ -43,6 +44,7 @@ def take_turns(me, task):  # type: ignore[no-untyped-def]
                 integers(job.drawn, turn * job.rows + row, 1)[0] = token
                 integers(s.tokens, row, 1)[0] = token
                 integers(s.places, row, 1)[0] += 1
+                ask_for_vector(s, max(token, 0))
             barrier(me, job.threads, s.sync)
             over = turn + 1 == job.turns
             for row in range(job.rows):

@@ -89,3 +89,14 @@ def from_half(builder: ir.IRBuilder, half: ir.Value) -> ir.Value:
     moved = builder.bitcast(builder.shl(rest, same(WORDS, 13)), FLOATS)
     magnitude = builder.bitcast(builder.fmul(moved, same(FLOATS, 2.0**112)), WORDS)
     return builder.bitcast(builder.or_(magnitude, sign), FLOATS)
+
+
+def fetch(builder: ir.IRBuilder, pointer: ir.Value, ahead: int, near: int = 3) -> None:
+    """Ask for the cache line so many bytes further, which may lie beyond the array: nothing is read.
+
+    near: into all caches with 3, all but the first with 2.
+    """
+    switches = [WORD(value) for value in (0, near, 1)]  # to be read, where to, data
+    kinds = [BYTE.as_pointer(), *(switch.type for switch in switches)]
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), kinds), "llvm.prefetch.p0")
+    builder.call(function, [builder.gep(pointer, [INT(ahead)]), *switches])
