@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Sequence
 from itertools import product as product_of
 
 import numpy as np
@@ -78,8 +78,8 @@ class Crew:
         self._team.do(model.task)
         self._pace.end(threads, kind, (time.perf_counter() - start) / int(job[count]))
 
-    def settle(self, model: Model, counts: Iterable[int] | None = None) -> None:
-        """Measure how many threads (1 and up, or of `counts`), and how many panels abreast, make a token fastest.
+    def settle(self, model: Model, counts: Sequence[int] = (), seconds: float = 0.02) -> None:
+        """Measure how many threads (of `counts`, or any) and how many panels abreast make a token of a model fastest.
 
         The token is the first row's: its keys and values are written where it says.
         """
@@ -88,9 +88,8 @@ class Crew:
             self.threads, model.shape["abreast"] = choice
             self.do(model, 1, paced=False)
 
-        if counts is None:
-            counts = [*(few for few in (1, 2, 4, 8) if few < self.most), self.most]
-        self.threads, model.shape["abreast"] = fastest(product_of(counts, (CHUNK, 1)), one_token)
+        counts = counts or [*(few for few in (1, 2, 4, 8) if few < self.most), self.most]
+        self.threads, model.shape["abreast"] = fastest(product_of(counts, (CHUNK, 1)), one_token, seconds)
 
 
 def processors() -> int:

@@ -21,7 +21,8 @@ from .packing import round_weights
 from .processor import LOW, TALL
 
 LENGTHS = (LOW - 1, TALL - 1)  # of a draft: with the token before it, as many rows as the product takes at once
-PATIENCE = 64  # tokens before the first draft, as getting ready for drafts takes as long as some 50
+PATIENCE = 64  # tokens before the first draft, since getting ready for drafts takes as long as some 70
+MEASURED = 0.015  # seconds for measuring what drafts of each length take
 FEW = 4  # tokens without a draft whose time is measured
 USUAL = 0.9  # the share of drafted tokens that are right, as long as nothing is known
 MEMORY = 0.9  # of what was known before a check, so much counts after it
@@ -114,7 +115,7 @@ class Drafts:
         self._draft = Model(shape, sizes, rounded, wide.caches, crew.rows, crew.sync)
         shape["tokens_kind"], shape["vectors"] = FLOAT32, wide.shape["weights"]
         crew.place(1, slot, held, token)
-        crew.settle(self._draft, [crew.threads])
+        crew.settle(self._draft, [crew.threads], MEASURED / 4)
         draws, self._draws = (Draws(self._slots, self._config.vocab_size) for _ in range(2))
         none = np.zeros(0, np.int64)
 
@@ -126,7 +127,7 @@ class Drafts:
                 crew.place(1, slot, held, token)
                 crew.do(self._model, 1, draw=1, turns=FEW)
 
-        seconds = seconds_of((0, *LENGTHS), turn)
+        seconds = seconds_of((0, *LENGTHS), turn, MEASURED)
         self._seconds = seconds | {0: seconds[0] / FEW}
         self._tried, self._right = 10.0, 10.0 * USUAL
         return True

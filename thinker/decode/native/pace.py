@@ -41,9 +41,9 @@ class Pace:
         self.usual[kind] = min(seconds, 1.05 * usual)
 
 
-def fastest(choices: Iterable[Choice], do: Callable[[Choice], None]) -> Choice:
-    """The choice that `do` is done with fastest. A later one must be 5 % better."""
-    taken = seconds_of(choices, do)
+def fastest(choices: Iterable[Choice], do: Callable[[Choice], None], seconds: float = 0.02) -> Choice:
+    """The choice that `do` is done with fastest, found in about so long. A later one must be 5 % better."""
+    taken = seconds_of(choices, do, seconds)
     best = next(iter(taken))
     for choice, time_taken in taken.items():
         if time_taken < 0.95 * taken[best]:
@@ -51,8 +51,8 @@ def fastest(choices: Iterable[Choice], do: Callable[[Choice], None]) -> Choice:
     return best
 
 
-def seconds_of(choices: Iterable[Choice], do: Callable[[Choice], None], seconds: float = 0.02) -> dict[Choice, float]:
-    """The shortest time that `do` took with each choice; all in turns, each at least twice."""
+def seconds_of(choices: Iterable[Choice], do: Callable[[Choice], None], seconds: float) -> dict[Choice, float]:
+    """The shortest time that `do` took with each choice; all in turns, for about so long, each at least twice."""
     taken = dict.fromkeys(choices, float("inf"))
     began, rounds = time.perf_counter(), 0
     while rounds < 2 or time.perf_counter() - began < seconds:
