@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-COLOURS = ("#888888", "#c2452d", "#2b5c8f", "#3a8a5b", "#8a5bb0")
+COLOURS = ("#888888", "#c2452d", "#2b5c8f", "#3a8a5b", "#8a5bb0", "#b8862b")
 
 
 def learning(

@@ -56,8 +56,8 @@ def show(report: Report, console: Console) -> None:
         markup=False,
     )
     table = Table(box=SIMPLE, show_edge=False, pad_edge=False)
-    for name in ("", "computed by", "tokens/s", "at best", "bound by", "reached"):
-        table.add_column(name, justify="right" if name in ("tokens/s", "at best", "reached") else "left", no_wrap=True)
+    for name in ("", "computed by", "tokens/s", "at best", "bound by", "share"):
+        table.add_column(name, justify="right" if name in ("tokens/s", "at best", "share") else "left", no_wrap=True)
     for speed in report.speeds:
         limit, bound = speed.limit(report.product_rates)
         table.add_row(speed.what, speed.how, f"{speed.rate:,.0f}", f"{limit:,.0f}", bound, f"{speed.rate / limit:.0%}")
