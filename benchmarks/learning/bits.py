@@ -46,6 +46,7 @@ UNCOUNTED = f"{OURS}: no co-occurrence"
 WITHOUT = f"{UNCOUNTED}, no inheritance"
 EARLIER = f"{WITHOUT}, lr 0.003"
 TINY = ThinkerConfig.model_validate({"dropout": 0.0, "use_qk_norm": True})
+Key = tuple[str, float, str]  # text, share, recipe
 
 # As nanoGPT and many after it set AdamW; lr and rows are the best that were found, of those in `TUNED`.
 PLAIN = {"optimizer": "adamw", "schedule": "cosine", "warmup": 0.05, "beta2": 0.95, "weight_decay": 0.1}
@@ -158,6 +159,27 @@ def write(results: dict[str, Any]) -> None:
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
+def key_of(run: dict[str, Any]) -> Key:
+    """Its text, share and recipe."""
+    return run["data"], run["share"], run["name"]
+
+
+def final_bits(results: dict[str, Any]) -> dict[Key, np.ndarray]:
+    """Bits per byte at the end, of every seed."""
+    bits: dict[Key, list[float]] = {}
+    for one in results["runs"]:
+        bits.setdefault(key_of(one), []).append(one["bits_per_byte"][-1])
+    return {key: np.array(values) for key, values in bits.items()}
+
+
+def best_of(bits: dict[Key, np.ndarray], data: str, share: float, rival: str) -> tuple[str, float] | None:
+    """Of the recipes whose names begin so the best one's name and mean, if there is any."""
+    means = {key[2]: values.mean() for key, values in bits.items() if key[:2] == (data, share)}
+    return min(
+        ((name, mean) for name, mean in means.items() if name.startswith(rival)), key=lambda p: p[1], default=None
+    )
+
+
 def draw(results: dict[str, Any], share: float) -> None:
     """Bits per byte against tokens, a picture a text, with the best of AdamW's whatever its settings."""
     for data in {one["data"] for one in results["runs"]}:
@@ -166,11 +188,7 @@ def draw(results: dict[str, Any], share: float) -> None:
             for one in results["runs"]
             if one["data"] == data and one["share"] == share
         ]
-        ends: dict[str, list[float]] = {}
-        for one in runs:
-            if one["name"].startswith(ADAMW):
-                ends.setdefault(one["name"], []).append(one["bits_per_byte"][-1])
-        best = min(ends, key=lambda name: np.mean(ends[name]), default=ADAMW)
+        best, _ = best_of(final_bits(results), data, share, ADAMW) or (ADAMW, 0)
         pictures.learning(
             HERE / f"bits_{data}.png",
             runs,
@@ -185,18 +203,15 @@ def table(results: dict[str, Any]) -> str:
     rivals = {"against the best AdamW": ADAMW, "against the best without QK-norm": LLAMA}
     head = ["text", "share of ten minutes", "recipe", "seeds", "tokens", "bits per byte", *rivals]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    groups: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
-    for one in results["runs"]:
-        groups.setdefault((one["data"], one["share"], one["name"]), []).append(one)
-    bits = {key: np.array([one["bits_per_byte"][-1] for one in runs]) for key, runs in groups.items()}
-    for (data, share, name), runs in sorted(groups.items()):
-        values = bits[data, share, name]
+    bits = final_bits(results)
+    tokens = {key_of(one): one["looks"][-1]["tokens"] for one in results["runs"]}
+    for (data, share, name), values in sorted(bits.items()):
         spread = f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else ""
-        tokens = runs[0]["looks"][-1]["tokens"]
-        cells = [data, f"{share:g}", name, str(len(runs)), f"{tokens:,}", f"{values.mean():.3f}{spread}"]
+        seen = f"{tokens[data, share, name]:,}"
+        cells = [data, f"{share:g}", name, str(len(values)), seen, f"{values.mean():.3f}{spread}"]
         for rival in rivals.values():
-            theirs = [bits[key].mean() for key in groups if key[:2] == (data, share) and key[2].startswith(rival)]
-            cells.append(f"{values.mean() / min(theirs) - 1:+.1%}" if theirs else "")
+            best = best_of(bits, data, share, rival)
+            cells.append(f"{values.mean() / best[1] - 1:+.1%}" if best else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

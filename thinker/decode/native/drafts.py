@@ -52,18 +52,22 @@ class Drafts:
 
         All but the last are appended too. None if that is better done without drafts, at least for a while.
         """
-        if left == 1:
+        if left == 1:  # nothing to foresee
             return None
         if not self.ready:
             self._waiting -= left
             if self._waiting > 0 or not self._prepare(slot, held, token):
                 return None
         length = self._length()
-        if length:
-            return self._write(slot, held, token, draws, stop, length, min(left, BURST))
-        # Another text may be easier to foresee, so that drafts are worth a try some time.
-        self._right += FORGOTTEN * (USUAL * self._tried - self._right)
-        return None
+        if not length:
+            # Another text may be easier to foresee, so that drafts are worth a try some time.
+            self._right += FORGOTTEN * (USUAL * self._tried - self._right)
+            return None
+        drawn = self._write(slot, held, token, draws, stop, length, min(left, BURST))
+        job = self._model.job
+        kept = MEMORY ** int(job["checked"])
+        self._tried, self._right = kept * self._tried + int(job["tried"]), kept * self._right + int(job["right"])
+        return drawn
 
     def _length(self) -> int:
         """How many tokens to draft now: what is likely to bring most tokens a second."""
@@ -92,10 +96,7 @@ class Drafts:
         self._draft.draw_with(self._draws, stop)
         self._crew.place(1, slot, held, token)
         self._crew.write_ahead(self._model, self._draft, length, most, checks)
-        job = self._model.job
-        kept = MEMORY ** int(job["checked"])
-        self._tried, self._right = kept * self._tried + int(job["tried"]), kept * self._right + int(job["right"])
-        return check_drawn(self._model.drawn[: int(job["done"]), None]).copy()
+        return check_drawn(self._model.drawn[: int(self._model.job["done"]), None]).copy()
 
     def _prepare(self, slot: int, held: int, token: int) -> bool:
         """Round the weights, and measure what a draft and its check take: whether that could be done.
@@ -129,5 +130,4 @@ class Drafts:
 
         seconds = seconds_of((0, *LENGTHS), turn, MEASURED)
         self._seconds = seconds | {0: seconds[0] / FEW}
-        self._tried, self._right = 10.0, 10.0 * USUAL
         return True

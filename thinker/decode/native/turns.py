@@ -77,7 +77,7 @@ def write_ahead(me, task):  # type: ignore[no-untyped-def]
         while n <= draft.done and not ends(job, drafted[n - 1]):  # nothing is drawn behind a text's end
             n += 1
         if me == 0:
-            put(s, 0, slot, held, token)
+            put(s, 0, slot, held, token)  # again, since the draft has moved on with the row
             for row in range(1, n):
                 put(s, row, slot, held + row, drafted[row - 1])
             job.rows = n
