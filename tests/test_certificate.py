@@ -170,6 +170,22 @@ def test_a_decoder_that_is_wrong_fails(folder, monkeypatch):
     assert checks["torch: embeddings equal ids"].passed is True
 
 
+def test_a_text_that_depends_on_how_many_tokens_a_call_draws_fails(folder, monkeypatch):
+    """Bug: a drafted text is another than its tokens drawn one by one, and the certificate says nothing."""
+    from thinker.decode.native.decoder import NativeDecoder
+
+    honest = NativeDecoder.run
+
+    def run(self, slots, tokens, draws, count=1, stop=()):
+        drawn = honest(self, slots, tokens, draws, count, stop)
+        return drawn ^ 1 if count > 1 else drawn
+
+    monkeypatch.setattr(NativeDecoder, "run", run)
+    checks = {check.name: check for check in certify(load(folder("dense"), "torch"), quiet)}
+    assert checks["native: a text equals its tokens alone"].passed is False
+    assert checks["torch: a text equals its tokens alone"].passed is True
+
+
 def test_a_published_view_that_differs_from_the_network_fails(folder, monkeypatch):
     """Bug: transformers is asked about another folder than the model's."""
     path = folder("dense")

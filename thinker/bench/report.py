@@ -99,9 +99,7 @@ def _native(files: ModelFiles, patience: Patience, say: Say, notes: list[str]) -
         notes.append(f"native {dtype} runs with {decoder.threads} thread{'s' if decoder.threads > 1 else ''} here")
         yield from speaking(decoder, f"native {dtype}", dtype, patience.speaking)
         if decoder.has_drafts:
-            notes.append(
-                f"native {dtype} writes 1 stream in drafts, which can be faster than a token at a time at best"
-            )
+            notes.append(f"native {dtype} drafts what 1 stream writes, and may pass what is best for a token at a time")
 
 
 def _product_rates(patience: Patience, say: Say) -> dict[str, float]:
