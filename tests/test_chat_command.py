@@ -46,8 +46,12 @@ class FakeLLM:
     def stream_chat(self, messages: list[dict[str, str]], **options: Any) -> Iterator[str]:
         if len(self.encode(messages)) >= self.config.ctx_len:
             raise ValueError(f"the prompt has {len(self.encode(messages))} tokens")
+        return self.reply(messages)
+
+    def reply(self, messages: list[dict[str, str]]) -> Iterator[str]:
         self.asked.append(messages)
-        return iter([f"r{len(self.asked)}", *[" more"] * self.long])
+        yield f"r{len(self.asked)}"
+        yield from [" more"] * self.long
 
 
 def talk(llm: FakeLLM, *texts: str, system: str = "", room: int = 8) -> list[str]:
@@ -316,7 +320,7 @@ def chat(monkeypatch, capfd, stdin: bytes, folder: Path, **fields) -> tuple[int,
     from thinker.commands.chat import Options, run
 
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-    status = run(Options(model=str(folder), backend="torch", temperature=0, max_new_tokens=4, **fields))
+    status = run(Options(**{"model": str(folder), "backend": "torch", "temperature": 0, "max_new_tokens": 4} | fields))
     return status, *capfd.readouterr()
 
 
@@ -338,6 +342,13 @@ def test_chat_with_a_model_that_has_no_turns_says_so_at_once(tmp_path, monkeypat
     """Catches a first line that is typed in vain."""
     with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
         chat(monkeypatch, capfd, b"a\n", folder_of(tmp_path, tokenizer=None))
+
+
+@pytest.mark.parametrize("wrong", [{"max_new_tokens": 0}, {"temperature": -1.0}])
+def test_chat_refuses_a_way_of_writing_that_is_none_at_once(folder, monkeypatch, capfd, wrong):
+    """Catches a first message that is typed in vain: here there is none."""
+    with pytest.raises(ValueError, match=rf"{next(iter(wrong))} is {next(iter(wrong.values()))}"):
+        chat(monkeypatch, capfd, b"", folder, **wrong)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

@@ -309,7 +309,9 @@ def test_sources_that_are_none(tmp_path):
 
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.txt").write_text("text")
+    os.mkfifo(tmp_path / "pipe.jsonl")
     for value, message in (
+        (str(tmp_path / "pipe.jsonl"), "no regular file, and conversations are read more than once: save them"),
         ("nowhere.jsonl", "stdlib-qa"),
         ("stdlib", "stdlib: is text, no conversations: drop --chat"),
         (str(tmp_path / "empty"), "no .jsonl file in this folder"),

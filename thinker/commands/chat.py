@@ -67,7 +67,9 @@ def run(options: Options) -> int:
         repetition_penalty=options.repetition_penalty,
         seed=options.seed,
     )
-    conversation = Conversation(llm, writing, notice, options.system)  # complains before the first line is typed
+    # Both complain before the first line is typed; the reply is asked for, and not begun.
+    conversation = Conversation(llm, writing, notice, options.system)
+    llm.stream_chat([{"role": "user", "content": ""}], **writing)
     for file in options.attach:
         conversation.attach(file)
     interactive = sys.stdin.isatty()

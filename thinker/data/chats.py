@@ -245,6 +245,10 @@ class ChatFiles(ChatSource):
                 raise ValueError(
                     f"{value}: no such file or folder, and no named set of conversations ({', '.join(CHAT_NAMES)})"
                 )
+            if not path.is_file() and not path.is_dir():  # a pipe, which is empty at the second reading
+                raise ValueError(
+                    f"{value}: no regular file, and conversations are read more than once: save them in one first"
+                )
             if path.is_file() and path.suffix.lower() not in CHAT_SUFFIXES:
                 raise ValueError(f"{value}: with --chat give .jsonl files, one conversation a line under messages")
             found |= dict.fromkeys(file.resolve() for file in inside)
