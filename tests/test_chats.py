@@ -309,9 +309,7 @@ def test_sources_that_are_none(tmp_path):
 
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.txt").write_text("text")
-    os.mkfifo(tmp_path / "pipe.jsonl")
     for value, message in (
-        (str(tmp_path / "pipe.jsonl"), "no regular file, and conversations are read more than once: save them"),
         ("nowhere.jsonl", "stdlib-qa"),
         ("stdlib", "stdlib: is text, no conversations: drop --chat"),
         (str(tmp_path / "empty"), "no .jsonl file in this folder"),
@@ -324,6 +322,14 @@ def test_sources_that_are_none(tmp_path):
     path = written(tmp_path / "chats.jsonl", chat("what?", "one"))
     with pytest.raises(ValueError, match="line 1: holds a conversation, no text: add --chat"):
         list(open_sources([str(path)]).documents("train"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no such pipes")
+def test_a_pipe_is_no_empty_file_of_conversations(tmp_path):
+    """Bug: `--chat --data <(zcat chats.jsonl.gz)` finds nothing at its second reading, or waits for ever."""
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(ValueError, match="no regular file, and conversations are read more than once: save them"):
+        open_chats([str(tmp_path / "pipe.jsonl")])
 
 
 def test_places_are_listed_shortly():

@@ -238,19 +238,22 @@ class ChatFiles(ChatSource):
             if not value:  # a path of nothing would be the folder one is in
                 raise ValueError(NO_DATA)
             path = expand_home(value)
-            inside = list(files_below(path, CHAT_SUFFIXES).values()) if path.is_dir() else [path]
-            if not inside:
-                raise ValueError(f"{value}: no .jsonl file in this folder: conversations are read from such")
-            if not path.exists():
+            if path.is_dir():
+                inside = list(files_below(path, CHAT_SUFFIXES).values())
+                if not inside:
+                    raise ValueError(f"{value}: no .jsonl file in this folder: conversations are read from such")
+            elif not path.exists():
                 raise ValueError(
                     f"{value}: no such file or folder, and no named set of conversations ({', '.join(CHAT_NAMES)})"
                 )
-            if not path.is_file() and not path.is_dir():  # a pipe, which is empty at the second reading
+            elif not path.is_file():  # a pipe, which is empty at the second reading
                 raise ValueError(
                     f"{value}: no regular file, and conversations are read more than once: save them in one first"
                 )
-            if path.is_file() and path.suffix.lower() not in CHAT_SUFFIXES:
+            elif path.suffix.lower() not in CHAT_SUFFIXES:
                 raise ValueError(f"{value}: with --chat give .jsonl files, one conversation a line under messages")
+            else:
+                inside = [path]
             found |= dict.fromkeys(file.resolve() for file in inside)
         self._files = list(found)
 
