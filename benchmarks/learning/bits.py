@@ -55,20 +55,21 @@ RECIPE = {"optimizer": "muon", "schedule": "linear", "warmup": 0.02, "batch_size
 RECIPE |= {"muon_lr": FROM_NOTHING["muon_lr"], "inherit": INHERIT}
 RECIPE |= {"cooccurrence": COOCCURRENCE}  # all else: by the tokens
 BARE = PLAIN | {"use_qk_norm": False, "lr": 2e-3}
+JOINED = PLAIN | {"tie_embeddings": True, "lr": 2e-3}
 RANDOM = RECIPE | {"cooccurrence": 0}
 BEFORE = RANDOM | {"inherit": 0.0, "lr": 3e-3}
 SIDES: dict[str, dict[str, Any]] = {ADAMW: PLAIN, OURS: RECIPE, LLAMA: BARE}
-SIDES |= {LLAMA_TIED: BARE | {"tie_embeddings": True}, TIED: PLAIN | {"lr": 2e-3, "tie_embeddings": True}}
+SIDES |= {LLAMA_TIED: BARE | {"tie_embeddings": True}, TIED: JOINED}
 TUNED: dict[str, dict[str, Any]] = {
     f"{LLAMA}: lr 0.004": BARE | {"lr": 4e-3},
     f"{LLAMA}: lr 0.008": BARE | {"lr": 8e-3},
     f"{LLAMA}: decay 1": BARE | {"weight_decay": 1.0},
-    f"{TIED}: decay 1": PLAIN | {"lr": 2e-3, "tie_embeddings": True, "weight_decay": 1.0},
-    f"{TIED}: decay 2": PLAIN | {"lr": 2e-3, "tie_embeddings": True, "weight_decay": 2.0},
-    f"{TIED}: lr 0.0005": PLAIN | {"lr": 5e-4, "tie_embeddings": True},
-    f"{TIED}: lr 0.001": PLAIN | {"lr": 1e-3, "tie_embeddings": True},
-    f"{TIED}: lr 0.004": PLAIN | {"lr": 4e-3, "tie_embeddings": True},
-    f"{TIED}: lr 0.008": PLAIN | {"tie_embeddings": True},
+    f"{TIED}: decay 1": JOINED | {"weight_decay": 1.0},
+    f"{TIED}: decay 2": JOINED | {"weight_decay": 2.0},
+    f"{TIED}: lr 0.0005": JOINED | {"lr": 5e-4},
+    f"{TIED}: lr 0.001": JOINED | {"lr": 1e-3},
+    f"{TIED}: lr 0.004": JOINED | {"lr": 4e-3},
+    f"{TIED}: lr 0.008": JOINED | {"lr": 8e-3},
     "AdamW, cosine: 8 rows, lr 0.002": PLAIN | {"batch_size": 8, "lr": 2e-3},
     "AdamW, cosine: lr 0.002": PLAIN | {"lr": 2e-3},
     "AdamW, cosine: lr 0.004": PLAIN | {"lr": 4e-3},
