@@ -20,6 +20,7 @@ from .sampling import INDEX, MIN_P, PENALTY, REQUEST, SEED, TEMPERATURE, TEMPERA
 ONE = 1 << 30  # the weight of the likeliest candidate
 LOWEST = -(1 << 31)  # the rank of what can't be drawn
 BLOCK = 64  # candidates looked through at once
+LOOKS = 4  # before a bisection leaves behind what its border can't be among
 
 
 def draw_rows(slots, n, logits, V, settings, keys, seen, scratch, tokens):  # type: ignore[no-untyped-def]
@@ -109,14 +110,16 @@ def truncate(scores, order, weights, largest, settings):  # type: ignore[no-unty
     top = np.int32(flip(largest)).view(np.float32)
     last = settings[TEMPERATURE_LAST] != 0
     temperature = np.float32(max(settings[TEMPERATURE], 1e-30))
-    weigh(scores, top, np.float32(1) if last else temperature, weights)
-    least = np.int64(1)
+    among = np.int32(LOWEST)
     if 0 < settings[TOP_K] < scores.shape[0]:
-        among = np.int32(kth_largest(order, largest, np.int64(settings[TOP_K])))
+        among = np.int32(kth_largest(order, largest, np.int64(settings[TOP_K]), weights))
+    weigh(scores, top, np.float32(1) if last else temperature, weights)
+    if among != LOWEST:
         for i in range(scores.shape[0]):
             weights[i] = weights[i] if order[i] >= among else np.int32(0)
+    least = np.int64(1)
     if settings[TOP_P] < 1:
-        least = least_in_mass(weights, settings[TOP_P])
+        least = least_in_mass(weights, settings[TOP_P], order)
     least = max(least, np.int64(math.ceil(settings[MIN_P] * ONE)))
     if last:
         for i in range(scores.shape[0]):
@@ -148,25 +151,29 @@ def weigh(scores, top, temperature, weights):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
-def kth_largest(order, largest, k):  # type: ignore[no-untyped-def]
+def kth_largest(order, largest, k, space):  # type: ignore[no-untyped-def]
     """A number that exactly k candidates reach, or the k-th largest itself if others equal it; by bisection."""
     low, high = np.int64(LOWEST), np.int64(largest) + 1  # at least k reach `low`, fewer reach `high`
+    left, beyond, fewer, looks = order, np.int64(0), np.int64(0), 0
     while high - low > 1:
         middle = np.int32((low + high) >> 1)
         count = np.int32(0)
-        for i in range(order.shape[0]):
-            count += np.int32(order[i] >= middle)
-        if count < k:
-            high = np.int64(middle)
+        for i in range(left.shape[0]):
+            count += np.int32(left[i] >= middle)
+        if beyond + count < k:
+            high, fewer = np.int64(middle), beyond + count
         else:
             low = np.int64(middle)
-            if count == k:
+            if beyond + count == k:
                 break
+        looks += 1
+        if looks % LOOKS == 0:
+            left, beyond = space[: keep_between(left, low, high, space)], fewer
     return low
 
 
 @njit(error_model="numpy")
-def least_in_mass(weights, share):  # type: ignore[no-untyped-def]
+def least_in_mass(weights, share, space):  # type: ignore[no-untyped-def]
     """From which weight on the fewest largest candidates reach a share of the sum (arXiv 1904.09751).
 
     Equals at the border beyond those that are needed get weight 0.
@@ -174,14 +181,18 @@ def least_in_mass(weights, share):  # type: ignore[no-untyped-def]
     low, high = np.int64(1), np.int64(ONE + 1)
     enough, less = mass_from(weights, low), np.int64(0)  # the sums from `low` and from `high` on
     wanted = min(max(np.int64(math.ceil(share * enough)), 1), enough)
+    left, beyond, looks = weights, np.int64(0), 0
     # The geometric middle, as weights span nine decades; done when a single candidate, or equals, are left between.
     while high - low > 1 and enough - less >= 2 * low:
         middle = min(max(np.int64(math.sqrt(low * high)), low + 1), high - 1)
-        mass = mass_from(weights, middle)
+        mass = beyond + mass_from(left, middle)
         if mass >= wanted:
             low, enough = middle, mass
         else:
             high, less = middle, mass
+        looks += 1
+        if looks % LOOKS == 0:
+            left, beyond = space[: keep_between(left, low, high, space)], less
     needed = -((less - wanted) // low)
     if enough - less >= (needed + 1) * low:
         for i in range(weights.shape[0]):
@@ -190,6 +201,16 @@ def least_in_mass(weights, share):  # type: ignore[no-untyped-def]
                 if needed < 0:
                     weights[i] = 0
     return low
+
+
+@njit(error_model="numpy")
+def keep_between(numbers, low, high, space):  # type: ignore[no-untyped-def]
+    """Put those that are at least `low` and less than `high` into `space`, which may be where they are: how many."""
+    count, first, width = np.int64(0), np.uint32(low), np.uint32(high - low)
+    for i in range(numbers.shape[0]):
+        space[count] = numbers[i]  # unless it stays, the next is written over it
+        count += np.uint32(np.uint32(numbers[i]) - first) < width  # both comparisons in one, as below `low` it wraps
+    return count
 
 
 @njit(error_model="numpy")
