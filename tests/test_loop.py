@@ -218,6 +218,24 @@ def test_accumulation_weighs_ragged_rows_by_their_tokens(text, tmp_path, monkeyp
             torch.testing.assert_close(gradient, gradients[0][1][name], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("most", [0.5, 1e9])
+def test_gradients_are_scaled_together_where_their_norm_is_too_large(most):
+    """Bug: each tensor has a norm of its own, a vector is left out, or what is small enough is made larger."""
+    draws = torch.Generator().manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in [(40, 30), (3, 20, 10), (7,), (5, 5)]]
+    for parameter in parameters[:-1]:
+        parameter.grad = torch.randn(parameter.shape, generator=draws)
+    before = [parameter.grad.clone() for parameter in parameters[:-1]]
+    norm = torch.cat([grad.flatten() for grad in before]).double().norm().item()
+    assert loop.clip(parameters, most) == pytest.approx(norm, rel=1e-6)
+    for parameter, grad in zip(parameters, before, strict=False):
+        if most > norm:
+            assert torch.equal(parameter.grad, grad)
+        else:
+            torch.testing.assert_close(parameter.grad, grad * (most / norm), rtol=1e-5, atol=0)
+    assert parameters[-1].grad is None
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(text, tmp_path):
     """Bug: NaN weights overwrite the last good checkpoint."""
     watcher = Silent()

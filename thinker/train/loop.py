@@ -10,7 +10,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -18,7 +18,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..loss import IGNORE, LossParts
 from .allocator import ran_out_of_memory
@@ -177,7 +177,7 @@ def take_step(
     loss = float(total) / counted
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
-    norm = float(torch.nn.utils.clip_grad_norm_(run.trained.parameters(), settings.clip))
+    norm = clip(run.trained.parameters(), settings.clip)
     # With float16 a scaler skips steps whose scaled gradient overflowed; that is no divergence.
     if not math.isfinite(loss) or not (math.isfinite(norm) or run.scaler.is_enabled()):
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the loss is {loss:.3f}, but its gradient {norm}"
@@ -192,6 +192,17 @@ def take_step(
         optimizer.zero_grad(set_to_none=True)
     run.scaler.update()
     return loss, float(balance) / counted, norm
+
+
+def clip(parameters: Iterable[nn.Parameter], most: float) -> float:
+    """Scale all gradients by one factor so that their common norm is at most this (arXiv 1211.5063); what it was."""
+    trained = [parameter for parameter in parameters if parameter.grad is not None]
+    # Row by row: a whole tensor is summed up by one thread. What may stay as it is isn't written again.
+    rows = [torch.linalg.vector_norm(parameter.grad, dim=-1) for parameter in trained]
+    norm = torch.nn.utils.get_total_norm(rows)
+    if not norm <= most:  # NaN too
+        torch.nn.utils.clip_grads_with_norm_(trained, most, norm)
+    return float(norm)
 
 
 def _try_gradients(
