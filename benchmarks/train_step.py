@@ -104,6 +104,7 @@ MATCHES: tuple[Match, ...] = (
         "tokens/s",
         (ours(DENSE, compile=COMPILE), ours(MIXTURE, {"use_moe": True, "d_ff": TINY.d_ff // 2}, compile=COMPILE)),
         judge_mixture,
+        warm_ups=12,  # the first ten steps meet sizes of groups that oneDNN has no programs for yet
     ),
 )
 
