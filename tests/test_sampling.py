@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from thinker.sampling import Draws, Sampling
+from thinker.sampling_kernels import ONE, kth_largest, least_in_mass
 
 V = 40
 
@@ -74,6 +75,31 @@ def test_candidates_and_frequencies_are_the_references(options):
     assert set(np.nonzero(frequency)[0]) <= set(np.nonzero(expected)[0])
     # Five standard deviations of a binomial share: the seed is fixed, so this either holds or doesn't.
     assert (np.abs(frequency - expected) <= 5 * np.sqrt(expected * (1 - expected) / count) + 1e-12).all()
+
+
+@pytest.mark.parametrize("equals", [False, True], ids=["apart", "with equals"])
+@pytest.mark.parametrize("share", [0.3, 0.9, 0.95, 0.999, 1 - 1e-6])
+def test_top_p_finds_its_border_among_thousands(share, equals):
+    """Bug: bisection forgets the mass of what it has left behind, or counts what lies on its bounds twice."""
+    draws = np.random.default_rng(5)
+    # Whole numbers of a few bits meet every middle of the bisection, beside the largest weight there can be.
+    weights = np.append(draws.integers(0, 3000, 4000) * (1 if equals else 99_991), ONE).astype(np.int32)
+    kept = weights.copy()
+    least = least_in_mass(kept, share, np.empty_like(weights))
+    order = np.argsort(-weights, kind="stable")
+    before = np.cumsum(weights[order], dtype=np.int64) - weights[order]
+    needed = order[before < np.ceil(share * weights.sum(dtype=np.int64))]
+    assert set(np.nonzero(kept >= least)[0]) == set(needed)
+
+
+@pytest.mark.parametrize("k", [1, 2, 50, 700, 3999, 4000])
+@pytest.mark.parametrize("spread", [40, 3000, 1 << 30])
+def test_top_k_finds_its_border_among_thousands(k, spread):
+    """Bug: as above, of counts; or a candidate too many where none equals the k-th."""
+    ranks = np.random.default_rng(6).integers(-spread, spread, 4000).astype(np.int32)
+    least = kth_largest(ranks, ranks.max(), k, np.empty_like(ranks))
+    kth = np.sort(ranks)[-k]
+    assert (ranks >= least).sum() == (ranks >= kth).sum()
 
 
 def test_greedy_takes_the_likeliest_and_of_equals_the_lowest_id():
