@@ -1,4 +1,4 @@
-"""What the proofs share: every architecture at a small size, and models whose parameters are all random.
+"""What the proofs share: every architecture at a small size, models whose parameters are all random, and a text.
 
 A test that takes `config` runs once for each architecture; one that concerns some of them says
 `@pytest.mark.parametrize("config", ["dense", "moe"], indirect=True)`. Sizes are chosen so that nothing equals anything
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from thinker.config import RopeScaling, ThinkerConfig
@@ -101,3 +102,14 @@ def build() -> Callable[..., ThinkerLM]:
         return randomise(ThinkerLM(config).to(dtype), seed)
 
     return make
+
+
+@pytest.fixture
+def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of words to train on, whose tokens are kept in a cache of the test's own."""
+    monkeypatch.setenv("THINKER_CACHE", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    words = ["alpha", "beta", "gamma", "delta", "eins", "zwei", "drei", "über"]
+    path = tmp_path / "words.txt"
+    path.write_text("\n".join(" ".join(rng.choice(words, 9)) for _ in range(800)), encoding="utf-8")
+    return path
