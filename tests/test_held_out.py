@@ -5,7 +5,6 @@ import os
 import signal
 
 import numpy as np
-import pytest
 import torch
 from test_loop import ARCHITECTURE, Silent, assert_same, quiet, settings, weights
 
@@ -17,15 +16,6 @@ from thinker.train.decide import repeatable
 from thinker.train.held_out import LOOKS, look_is_due
 from thinker.train.loop import fit
 from thinker.train.start import begin, resume
-
-
-@pytest.fixture
-def text(tmp_path, monkeypatch):
-    monkeypatch.setenv("THINKER_CACHE", str(tmp_path / "cache"))
-    path = tmp_path / "words.txt"
-    rng = np.random.default_rng(0)
-    path.write_text("\n".join(" ".join(rng.choice(["eins", "zwei", "drei", "über"], 9)) for _ in range(400)))
-    return path
 
 
 def scripted(monkeypatch, losses):
