@@ -24,7 +24,7 @@ PACKAGE = Path(thinker.__file__).parent
 FLOORS = (
     {"places", "config", "rope", "compiled", "sampling", "sampling_kernels"}
     | {"tokenizer", "messages", "chat", "plots"},
-    {"model", "attention", "moe", "cache", "trace", "loss", "modality", "data"},
+    {"model", "attention", "fused", "moe", "cache", "trace", "loss", "modality", "data"},
     {"checkpoint", "formats"},
     {"decode", "stop_strings", "generate", "evaluate", "attachments", "answers", "llm"},
     {"train", "doctor", "certificate", "bench", "harness", "serve", "commands"},

@@ -16,8 +16,9 @@ from numba import njit
 
 from benchmarks import same_bytes
 from thinker import moe
+from thinker.compiled import processor
 from thinker.decode.decoder import Decoder
-from thinker.decode.native import ahead, open_native, processor, product, rows, shares
+from thinker.decode.native import ahead, open_native, product, rows, shares
 from thinker.decode.native.elementwise import to_float16
 from thinker.decode.native.layout import JOB, PIECE, PIECES, QUERIES, SHAPE
 from thinker.decode.native.pace import LEAST, MOST, Pace

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .fused import attention as fused
+
 QUERY_BLOCK = 128
 
 
@@ -28,23 +30,47 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.to(x.dtype)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None, causal: bool = False) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | None = None,
+    causal: bool = False,
+    starts: Tensor | None = None,
+) -> Tensor:
     """Softmax attention of q (B, H, T, head_dim) over k and v (B, G, S, head_dim): (B, H, T, head_dim).
 
     visible: bool, broadcasting to (B, 1, T, S), true where a query may look. Without it a query sees every key, or,
-    when causal (T must equal S then), those up to its own place.
+    when causal (T must equal S then), those up to its own place; in packed rows from the start of its text on, starts
+    (B, T), which never fall.
     """
     assert visible is None or not causal, "a mask says it all: causality must be in it"
     assert not causal or q.shape[2] == k.shape[2], "causal attention without a mask needs as many keys as queries"
-    blocks_pay = causal and q.device.type == "cpu" and q.requires_grad and q.shape[2] > QUERY_BLOCK
-    if blocks_pay:
-        return blocked_causal(q, k, v)
-    # For rows of few bfloat16 positions the fused kernel, with its backward, takes two to seven times as long.
-    if q.device.type == "cpu" and q.requires_grad and q.dtype == torch.bfloat16 and not causal and short(q, k):
-        return masked(q, k, v, visible)
+    assert starts is None or causal, "a text has a start where it is read in order"
+    if causal and trains_on_processor(q) and fused.serves(q):
+        return fused.attend(q, k, v, starts)
+    if starts is not None:
+        visible, causal = seen_from(starts), False
+    if trains_on_processor(q):
+        if causal and q.shape[2] > QUERY_BLOCK:
+            return blocked_causal(q, k, v)
+        # For rows of few bfloat16 positions torch's kernel, with its backward, takes two to seven times as long.
+        if q.dtype == torch.bfloat16 and not causal and short(q, k):
+            return masked(q, k, v, visible)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=visible, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
     )
+
+
+def seen_from(starts: Tensor) -> Tensor:
+    """Who sees whom where rows are packed, bool (B, 1, T, T): a text, (B, T), is known by its start."""
+    places = torch.arange(starts.shape[-1], device=starts.device)
+    return (starts[:, None, :, None] == starts[:, None, None, :]) & (places <= places[:, None])
+
+
+def trains_on_processor(q: Tensor) -> bool:
+    """Whether torch's own kernel has a rival: on a processor its backward is slow."""
+    return q.device.type == "cpu" and q.requires_grad
 
 
 def plain(

@@ -105,13 +105,15 @@ class Attention(nn.Module):
         rotation: tuple[Tensor, Tensor],
         visible: Tensor | None = None,
         kv_cache: Cache | None = None,
+        starts: Tensor | None = None,
     ) -> Tensor:
-        """x (B, T, D) to (B, T, D). visible: see `attention.attend`; causality is in it where it is given."""
+        """x (B, T, D) to (B, T, D). visible, starts: see `attention.attend`; a mask has causality in it."""
         q, k, v = self.project(x, rotation)
         if kv_cache is not None:
             k, v = kv_cache.append(self.layer, k, v)  # (B, G, S, head_dim)
         # A single query is the newest token and sees everything.
-        y = attend(q, k, v, visible, causal=self.causal and visible is None and q.shape[2] > 1)
+        causal = self.causal and visible is None and q.shape[2] > 1
+        y = attend(q, k, v, visible, causal, starts if causal else None)
         return self.out_proj(y.transpose(1, 2).flatten(start_dim=2))  # (B, T, D)
 
 
@@ -154,9 +156,10 @@ class Block(nn.Module):
         rotation: tuple[Tensor, Tensor],
         visible: Tensor | None = None,
         kv_cache: Cache | None = None,
+        starts: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """x (B, T, D) to (B, T, D) and the router's logits (B, T, E), None without experts."""
-        y = self.attn(self.norm1(x), rotation, visible, kv_cache)
+        y = self.attn(self.norm1(x), rotation, visible, kv_cache, starts)
         x = x + self.dropout(y if self.scale1 is None else y * self.scale1)
         y, router_logits = self.feed_forward(self.norm2(x))
         x = x + self.dropout(y if self.scale2 is None else y * self.scale2)
@@ -220,16 +223,17 @@ class ThinkerLM(nn.Module):
         """
         x = self.embed(tokens, embeddings)
         B, T, _ = x.shape
+        visible = starts = None
         if segments is None:
             positions, visible = self.places(B, T, attention_mask, kv_cache, x.device)
         elif attention_mask is None and kv_cache is None:
-            positions, visible = self.packed_places(B, T, segments)
+            positions, starts = self.packed_places(B, T, segments)
         else:
             raise ValueError("segments go with neither attention_mask nor kv_cache: packed rows are for training")
         x, rotation = self.dropout(x), self.rope(positions)
         router_logits = []
         for block in self.blocks:
-            x, routed = block(x, rotation, visible, kv_cache)
+            x, routed = block(x, rotation, visible, kv_cache, starts)
             if routed is not None:
                 router_logits.append(routed)
         if kv_cache is not None:
@@ -328,9 +332,10 @@ class ThinkerLM(nn.Module):
         return positions, (visible & real[:, None, None, :]) | itself
 
     def packed_places(self, B: int, T: int, segments: Tensor) -> tuple[Tensor, Tensor]:
-        """As `places`, for rows of several texts: each counts from 0, and its tokens see its own earlier ones.
+        """Positions (B, T) in rows of several texts, each counted from 0, and where each token's text starts, (B, T).
 
-        Segments [1, 1, 2, 2, 2, 0] have positions [0, 1, 0, 1, 2, 0]; what stands together is one text.
+        Segments [1, 1, 2, 2, 2, 0] have positions [0, 1, 0, 1, 2, 0] and starts [0, 0, 2, 2, 2, 5]; what stands
+        together is one text.
         """
         if segments.shape != (B, T):
             raise ValueError(f"segments are {tuple(segments.shape)}, the tokens are {(B, T)}: give one each")
@@ -338,7 +343,5 @@ class ThinkerLM(nn.Module):
             raise ValueError(f"{T} positions exceed ctx_len {self.config.ctx_len}: pack shorter rows")
         columns = torch.arange(T, device=segments.device)
         begins = segments != segments.roll(1, dims=-1)
-        starts = torch.where(begins, columns, 0).cummax(dim=-1).values  # (B, T), where a token's text begins
-        # A text is known by its start. Who sees whom: (B, 1, T, T)
-        visible = (starts[:, None, :, None] == starts[:, None, None, :]) & (columns <= columns[:, None])
-        return columns - starts, visible
+        starts = torch.where(begins, columns, 0).cummax(dim=-1).values
+        return columns - starts, starts

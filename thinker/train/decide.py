@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..fused import attention, kernels
 from ..loss import LossParts, NextTokenLoss
 from .config import TrainConfig
 from .senses import SplicedLoss
@@ -110,6 +111,8 @@ def decide(
         else:
             reasons.append(f"float32: this processor emulates bfloat16, {bfloat16_cost():.1f} times the time a product")
 
+    if precision == "bfloat16" and device == "cpu" and attention.fits(module.model.config.head_width):
+        reasons.append(f"attention: one kernel of Thinker's own, its products by {kernels.form()}")
     limit_steps, limit_seconds = run.limit
     ahead = limit_seconds if limit_seconds is not None else (limit_steps or 0) * seconds
     hindrance = None

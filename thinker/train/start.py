@@ -18,6 +18,7 @@ from ..checkpoint.publish import Publication, foreign_weights, holds_weights
 from ..config import ThinkerConfig
 from ..data.chat_shards import ChatCorpus
 from ..data.shards import Corpus
+from ..fused import kernels
 from ..llm import load_parameters
 from ..modality.senses import Senses, copy_tensors, take_over
 from ..modality.settings import SensesConfig
@@ -68,6 +69,8 @@ def begin(config: ThinkerConfig, settings: TrainConfig, given: set[str], say: Sa
         take_over(senses, found.taught.config, found.taught.tensors)
     batches = batches_of(corpus, settings, config, say)
     one_row = tuple(torch.from_numpy(part[:1]).to(device) for part in batches.batch(0))
+    if device == "cpu" and settings.precision != "float32" and kernels.multiplies() and not kernels.are_kept():
+        say("compiling kernels for this processor, some four seconds, once")
     decisions = decide(settings, loss_of(model, senses, corpus, settings), one_row, device)
     config, settings, decisions = with_recipe(config, settings, decisions, fixed, choices, batches)
     if config.tie_embeddings != model.config.tie_embeddings:  # chosen with the run's length

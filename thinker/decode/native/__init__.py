@@ -1,9 +1,9 @@
 """Decoding with kernels that Numba compiles for this processor: no torch, and no compiler to install.
 
 `decoder.py` is the door; `forward.py` the network with its two halves `attention.py` and `mlp.py`; `product.py` the one
-matrix product and `rows.py` what is done to single rows, both of `vectors.py` and shaped for what `processor.py` finds;
-`layout.py`, `packing.py` and `model.py` the memory; `crew.py` and `team.py` the threads, `member.py` what they run and
-`turns.py` what a job is; `drafts.py` how a text alone is written several tokens at a time.
+matrix product and `rows.py` what is done to single rows; `layout.py`, `packing.py` and `model.py` the memory; `crew.py`
+and `team.py` the threads, `member.py` what they run and `turns.py` what a job is; `drafts.py` how a text alone is
+written several tokens at a time.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from ...compiled.memory import integers, pointer
+from ...compiled.vectors import BYTE, fetch
 from .layout import FLOAT16, FLOAT32, GROUP, MANY_ROWS, PANEL, PIECE, PIECES
 from .shares import share_of_attention
-from .vectors import BYTE, fetch
 
 NEXT, COUNT, FIRST = range(3)  # words of a list: the next piece, how many there are, and from here on their addresses
 

@@ -15,8 +15,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ...compiled.memory import pointer
+from ...compiled.processor import MACHINE
 from .layout import STRIDE
-from .processor import MACHINE
 
 WORD = ir.IntType(64)
 PATIENCE = 2_000  # looks at a word, some 100 microseconds, before the processor is offered to others

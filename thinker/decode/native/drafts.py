@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ...compiled.processor import LOW, TALL
 from ...config import ThinkerConfig
 from ...sampling import Draws, check_drawn
 from .crew import Crew
@@ -18,7 +19,6 @@ from .layout import BLOCK, FLOAT32, lay_out
 from .model import BURST, Model
 from .pace import seconds_of
 from .packing import round_weights
-from .processor import LOW, TALL
 
 LENGTHS = (LOW - 1, TALL - 1)  # of a draft: with the token before it, as many rows as the product takes at once
 PATIENCE = 64  # tokens before the first draft, since getting ready for drafts takes as long as some 70

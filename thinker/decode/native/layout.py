@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from ...compiled.processor import DOTS, FETCHED
 from ...config import ThinkerConfig
-from .processor import DOTS, FETCHED
 
 PANEL = 32  # outputs side by side in memory
 BLOCK = 32  # inputs whose products are added up by themselves; in INT8 they share a scale

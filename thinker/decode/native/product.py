@@ -21,10 +21,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ...compiled.memory import pointer
-from .ahead import take
-from .layout import BLOCK, FLOAT16, PANEL, PIECE, Q8
-from .processor import DOTS, LOW, PAIRS, TALL, WIDE
-from .vectors import (
+from ...compiled.processor import DOTS, LOW, PAIRS, TALL, WIDE
+from ...compiled.vectors import (
     BYTE,
     FLOAT,
     FLOATS,
@@ -42,6 +40,8 @@ from .vectors import (
     spread,
     store,
 )
+from .ahead import take
+from .layout import BLOCK, FLOAT16, PANEL, PIECE, Q8
 
 CACHE_LINE = 64  # bytes
 STREAM = 8192  # bytes that a stream of weights is asked for ahead

@@ -12,9 +12,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ...compiled.memory import pointer
+from ...compiled.processor import DOTS
+from ...compiled.vectors import BYTE, FLOAT, FLOATS, INT, LANES, SHORT, WORD, WORDS, load, loop, same, spread
 from .layout import BLOCK
-from .processor import DOTS
-from .vectors import BYTE, FLOAT, FLOATS, INT, LANES, SHORT, WORD, WORDS, load, loop, same, spread
 
 LARGEST = 127 * 256  # of a block's integers: its higher byte still fits
 SMALLEST = 1e-30  # of a block's numbers, unless they count as zeros

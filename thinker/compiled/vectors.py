@@ -1,6 +1,6 @@
 """Vector instructions for the inner loops that Numba's own can't make well: sixteen float32 numbers at once.
 
-LLVM splits the vectors on processors with narrower registers. What is made with them: `product.py` and `rows.py`.
+LLVM splits the vectors on processors with narrower registers.
 """
 
 from __future__ import annotations

@@ -1,0 +1,179 @@
+"""Causal attention for training in bfloat16, as one operation that torch can compile around.
+
+Here is what torch sees, and the record that tells the kernels what to do; what they do is in `attention_kernels.py`.
+"""
+
+# B batch, T tokens, H query heads, G key/value heads
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..compiled.library import Kernel
+from . import kernels
+
+NAMESPACE = "thinker"  # of operations, for torch
+BLOCK = 32  # queries that attend together; lengths are padded to a multiple of it, widths must be one
+PIECE = 128  # keys, and queries, whose scores are made together on the way back
+LINE = 64  # bytes
+
+VIEW = np.dtype([(name, np.int64) for name in ("data", "batch", "head", "token")])  # address, strides in elements
+VIEWS = ("q", "k", "v", "y", "y_grad", "q_grad", "k_grad", "v_grad")
+_COUNTS = "threads items length padded heads groups width starts tops totals scratch step_scratch"
+# Places in a thread's own memory, in bytes; what is `turned` or `paired` is explained in `moves.py`.
+_PLACES = """rows keys values flat scores grads weights errors paired inner sums q_rows q_sums k_sums v_sums
+    turned_q paired_q turned_y paired_y"""
+TASK = np.dtype(
+    [(name, np.int64) for name in (_COUNTS + " " + _PLACES).split()]
+    + [(name, VIEW) for name in VIEWS]
+    + [("factor", np.float32), ("scale", np.float32)]
+)
+
+
+def serves(q: Tensor) -> bool:
+    """Whether these queries (B, H, T, head_dim) can attend here, and are not padding for the most part."""
+    return q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.shape[2] > BLOCK // 2 and fits(q.shape[-1])
+
+
+def fits(width: int) -> bool:
+    """Whether heads of this width can attend here, in bfloat16."""
+    return width % BLOCK == 0 and is_available()
+
+
+@torch.compiler.assume_constant_result
+def is_available() -> bool:
+    """Whether there are kernels for this processor; the first time they are compiled, in some seconds."""
+    return kernels.form() != "none"
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None = None) -> Tensor:
+    """Causal attention of q (B, H, T, head_dim) over k and v (B, G, T, head_dim), all bfloat16: (B, H, T, head_dim).
+
+    starts (B, T), whole numbers that never fall: the first position that each query sees, where that isn't 0.
+    """
+    return _forward(q, k, v, starts)[0]
+
+
+@torch.library.custom_op(f"{NAMESPACE}::attend", mutates_args=())
+def _forward(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The outputs, and of each query factor times its largest score and its weights' sum."""
+    results = _empty(q, k, v, starts)
+    y, tops, totals = results
+    _perform(kernels.attend_forward, {"q": q, "k": k, "v": v, "y": y}, starts, tops, totals)
+    return results
+
+
+@_forward.register_fake
+def _empty(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    B, H, T, _ = q.shape
+    tops, totals = (q.new_empty(B, H, _padded(T), dtype=torch.float32) for _ in range(2))
+    return _like(q), tops, totals
+
+
+@torch.library.custom_op(f"{NAMESPACE}::attend_backward", mutates_args=())
+def _backward(
+    y_grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor | None,
+    y: Tensor,
+    tops: Tensor,
+    totals: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v."""
+    results = _like(q), _like(k), _like(v)
+    views = {"q": q, "k": k, "v": v, "y": y, "y_grad": y_grad}
+    grads = dict(zip(("q_grad", "k_grad", "v_grad"), results, strict=True))
+    _perform(kernels.attend_backward, views | grads, starts, tops, totals)
+    return results
+
+
+@_backward.register_fake
+def _empty_gradients(y_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(q), _like(k), _like(v)
+
+
+def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _differentiate(ctx, y_grad: Tensor, _tops: Tensor, _totals: Tensor):  # type: ignore[no-untyped-def]
+    return *_backward(y_grad, *ctx.saved_tensors), None
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _like(x: Tensor) -> Tensor:
+    """An empty tensor of that shape (B, H, T, head_dim) whose heads lie side by side, as projections want them."""
+    B, H, T, width = x.shape
+    return x.new_empty(B, T, H, width).transpose(1, 2)
+
+
+def _padded(length: int) -> int:
+    return -(-length // BLOCK) * BLOCK
+
+
+def _perform(kernel: Kernel, views: dict[str, Tensor], starts: Tensor | None, tops: Tensor, totals: Tensor) -> None:
+    """Have a kernel done by all of torch's threads."""
+    assert is_available(), "whoever calls this asks `serves` before"
+    (B, H, T, width), G, padded = views["q"].shape, views["k"].shape[1], _padded(views["q"].shape[2])
+    firsts = torch.zeros(B, padded, dtype=torch.int32)
+    if starts is not None:
+        firsts[:, :T] = starts
+        firsts[:, T:] = starts[:, -1:]
+    places, size = _places(padded, width)
+    threads = min(torch.get_num_threads(), B * G)
+    scratch = torch.empty(threads * size + LINE, dtype=torch.uint8)
+    record = np.zeros(1, TASK)
+    task = record[0]
+    numbers = {
+        "threads": threads,
+        "items": B * G,
+        "length": T,
+        "padded": padded,
+        "heads": H,
+        "groups": G,
+        "width": width,
+        "starts": firsts.data_ptr(),
+        "tops": tops.data_ptr(),
+        "totals": totals.data_ptr(),
+        "scratch": -(-scratch.data_ptr() // LINE) * LINE,
+        "step_scratch": size,
+        "scale": width**-0.5,
+        "factor": width**-0.5 / math.log(2),
+    }
+    for name, value in (numbers | places).items():
+        task[name] = value
+    whole = {name: x if x.stride(-1) == 1 else x.contiguous() for name, x in views.items()}
+    for name, x in whole.items():
+        task[name] = x.data_ptr(), *x.stride()[:3]
+    kernels.fork(*kernels.threads(), kernel.prepare(), record.ctypes.data, threads)
+
+
+@cache
+def _places(padded: int, width: int) -> tuple[dict[str, int], int]:
+    """Where a thread has what, and how many bytes that takes in all."""
+    rows, words = padded * width, (padded + 2 * BLOCK) * width
+    block = max(BLOCK * padded, PIECE * PIECE)
+    sizes = {
+        **dict.fromkeys(("rows", "values", "paired_q", "paired_y"), 2 * rows),
+        **dict.fromkeys(("keys", "flat", "turned_q", "turned_y"), 2 * words),
+        **dict.fromkeys(("q_rows", "k_sums", "v_sums"), 4 * rows),
+        **dict.fromkeys(("scores", "grads"), 4 * block),
+        **dict.fromkeys(("weights", "errors", "paired"), 2 * block),
+        "inner": 4 * padded,
+        "sums": 4 * BLOCK * width,
+        "q_sums": 4 * words,
+    }
+    places, at = {}, 0
+    for name in _PLACES.split():
+        places[name] = at
+        at += -(-sizes[name] // LINE) * LINE + LINE  # one more, so that not all begin in the same place of a cache
+    return places, at

@@ -1,0 +1,64 @@
+"""The compiled functions of this room, and whether they can be had. To import this compiles nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import sys
+from functools import cache
+from pathlib import Path
+
+from ..compiled.library import Kernel
+from ..compiled.processor import PAIRS_OF_BFLOAT16, TILES
+
+SOURCES = list(Path(__file__).parent.glob("*.py"))
+attend_forward = Kernel("thinker.fused.attention_kernels", "forward", 2, SOURCES)
+attend_backward = Kernel("thinker.fused.attention_kernels", "backward", 2, SOURCES)
+fork = Kernel("thinker.fused.threads", "fork", 5, SOURCES)
+KERNELS = attend_forward, attend_backward, fork
+
+ARCH_PRCTL, ASK_FOR_STATE, TILE_DATA = 158, 0x1023, 18  # of Linux on x86-64
+
+
+@cache
+def form() -> str:
+    """What this process multiplies bfloat16 with: tiles or pairs; none where it lacks that, a compiler, or threads.
+
+    The first time on a machine kernels are compiled.
+    """
+    if not multiplies():
+        return "none"
+    try:
+        # The system keeps a thread's tiles only for processes that have asked.
+        if TILES and ctypes.CDLL(None).syscall(ARCH_PRCTL, ASK_FOR_STATE, TILE_DATA) != 0:
+            return "none"
+        threads()
+        for kernel in KERNELS:
+            kernel.prepare()
+    except Exception:  # whatever Numba and LLVM raise: the plain forms do the same
+        return "none"
+    return "tiles" if TILES else "pairs"
+
+
+def multiplies() -> bool:
+    """Whether this processor has instructions for products of bfloat16, on a system whose threads are known here."""
+    return sys.platform == "linux" and platform.machine() == "x86_64" and PAIRS_OF_BFLOAT16
+
+
+def are_kept() -> bool:
+    """Whether all have been compiled before."""
+    return all(kernel.is_kept for kernel in KERNELS)
+
+
+@cache
+def threads() -> tuple[int, int]:
+    """The addresses of two functions of torch's OpenMP: to have threads work, and to ask which one is asking.
+
+    Raises `AttributeError` where torch has another library.
+    """
+    library = ctypes.CDLL(None)
+    calls = library.GOMP_parallel, library.omp_get_thread_num
+    parallel, number = (ctypes.cast(call, ctypes.c_void_p).value for call in calls)
+    assert parallel is not None
+    assert number is not None
+    return parallel, number

@@ -1,0 +1,73 @@
+"""Numbers in bfloat16, kept as int16, and powers that become such numbers: in vectors, and one by one."""
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import ir
+from numba import njit
+from numba.core import cgutils
+
+from ..compiled.vectors import FLOATS, LANES, SHORT, WORDS, fma, same
+
+MAGIC = 1.5 * 2**23  # a number that is added to it is rounded to a whole one, which the last bits then hold
+# 2^x for |x| <= 1/2 within 4e-6, much less than a step of bfloat16: x, x², … fitted with Chebyshev polynomials.
+POWERS = (0.6931472, 0.2402265, 0.05550411, 0.009618129, 0.0013333558)
+
+
+class _BFloat(ir.Type):
+    """LLVM's type of that name, which llvmlite lacks."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+NARROW, PAIRS = ir.VectorType(_BFloat(), LANES), ir.VectorType(_BFloat(), 2 * LANES)
+SHORTS = ir.VectorType(SHORT, LANES)
+
+
+def call(builder: ir.IRBuilder, name: str, result: ir.Type, *arguments: ir.Value) -> ir.Value:
+    """Call one of LLVM's own functions."""
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}"), arguments)
+
+
+def rounded(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """float32 to the nearest bfloat16, of two the even one."""
+    return builder.bitcast(call(builder, "x86.avx512bf16.cvtneps2bf16.512", NARROW, x), SHORTS)
+
+
+def widened(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:
+    """Back to float32, exactly."""
+    return builder.bitcast(builder.shl(builder.zext(bits, WORDS), same(WORDS, 16)), FLOATS)
+
+
+def power_of_two(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """2^x; what is below 2^-126 becomes that, and NaN stays NaN."""
+    lowest = same(FLOATS, -126.0)
+    x = builder.select(builder.fcmp_ordered("<", x, lowest), lowest, x)
+    shifted = builder.fadd(x, same(FLOATS, MAGIC))
+    rest = builder.fsub(x, builder.fsub(shifted, same(FLOATS, MAGIC)))
+    power = same(FLOATS, POWERS[-1])
+    for factor in (*POWERS[-2::-1], 1.0):
+        power = fma(builder, power, rest, same(FLOATS, factor))
+    exponent = builder.shl(builder.bitcast(shifted, WORDS), same(WORDS, 23))
+    return builder.bitcast(builder.add(builder.bitcast(power, WORDS), exponent), FLOATS)
+
+
+@njit(error_model="numpy", inline="always")
+def to_bfloat16(x):  # type: ignore[no-untyped-def]
+    """float32 to the nearest bfloat16, of two the even one."""
+    bits = np.float32(x).view(np.int32)
+    return np.int16((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
+
+
+@njit(error_model="numpy", inline="always")
+def from_bfloat16(bits):  # type: ignore[no-untyped-def]
+    """Back to float32, exactly."""
+    return np.int32(np.int32(bits) << 16).view(np.float32)
