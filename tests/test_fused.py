@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from thinker import attention
-from thinker.attention import attend, plain, seen_from
+from thinker.attention import attend, plain, rotate, seen_from
 from thinker.fused import attention as fused
 from thinker.fused import kernels
 
@@ -70,6 +70,31 @@ def test_packed_texts_see_themselves_alone(lengths: list[int]) -> None:
         assert float((one.double() - want).norm() / want.norm()) < EPS
     alone = outcome(fused.attend, q, k, v, upstream)
     assert all(torch.equal(one[1], other[1]) for one, other in zip(got, alone, strict=True)), "one text is no pack"
+
+
+def rotation(batch: int, tokens: int, width: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of some angles."""
+    angles = torch.randn(batch, 1, tokens, width // 2, generator=torch.Generator().manual_seed(batch)) * 3
+    return angles.cos(), angles.sin()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("tokens", [64, 77])
+def test_queries_and_keys_are_turned_first(tokens: int, batch: int) -> None:
+    """Bug: a row is turned by another's angles, gradients are turned on instead of back, padding is turned in."""
+    q, k, v, upstream = draw(4, 2, tokens, 64)
+    cos, sin = rotation(batch, tokens, 64)
+
+    def turned_before(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return plain(rotate(q, cos.double(), sin.double()), rotate(k, cos.double(), sin.double()), v, causal=True)[0]
+
+    got = outcome(lambda *x: fused.attend(*x, None, (cos, sin)), q, k, v, upstream)
+    want = outcome(turned_before, *(x.double() for x in (q, k, v, upstream)))
+    for one, other in zip(got, want, strict=True):
+        # What is turned is rounded once more.
+        assert float((one.double() - other).norm() / other.norm()) < 1.5 * EPS
+    once = outcome(lambda q, k, v: fused.attend(rotate(q, cos, sin), rotate(k, cos, sin), v), q, k, v, upstream)
+    assert torch.equal(got[0], once[0]), "turned in float32 and rounded, as `rotate` does"
 
 
 def test_peaked_weights_neither_overflow_nor_vanish() -> None:
@@ -137,8 +162,8 @@ def test_torch_can_compile_around_it() -> None:
     """Bug: what torch is told of results' shapes and strides differs from what comes, or gradients get lost."""
     q, k, v, upstream = draw(4, 2, 70, 32)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    for starts in (None, torch.zeros(2, 70, dtype=torch.int64)):
-        torch.library.opcheck(fused._forward, (*leaves, starts))
+    torch.library.opcheck(fused._forward, (*leaves, None, None, None))
+    torch.library.opcheck(fused._forward, (*leaves, torch.zeros(2, 70, dtype=torch.int64), *rotation(1, 70, 32)))
 
     def layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q * 1.5, k, v + 1, causal=True) * 2
@@ -153,7 +178,7 @@ def test_attention_is_chosen_where_it_can_be(monkeypatch: pytest.MonkeyPatch) ->
     """Bug: the kernels are never taken, so that their proofs prove nothing, or taken for what they can't do."""
     lengths = []
 
-    def recorded(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None) -> Tensor:
+    def recorded(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
         lengths.append(q.shape[2])
         return q
 

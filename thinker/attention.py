@@ -18,6 +18,8 @@ from .fused import attention as fused
 
 QUERY_BLOCK = 128
 
+Rotation = tuple[Tensor, Tensor]  # cosines and sines
+
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (i, i + head_dim / 2) of x (B, H, T, head_dim) by its angle: RoPE, arXiv 2104.09864.
@@ -30,6 +32,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.to(x.dtype)
 
 
+def turn(x: Tensor, rotation: Rotation | None) -> Tensor:
+    """x turned, unless there is nothing to turn it by."""
+    return x if rotation is None else rotate(x, *rotation)
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -37,8 +44,11 @@ def attend(
     visible: Tensor | None = None,
     causal: bool = False,
     starts: Tensor | None = None,
+    rotation: Rotation | None = None,
 ) -> Tensor:
     """Softmax attention of q (B, H, T, head_dim) over k and v (B, G, S, head_dim): (B, H, T, head_dim).
+
+    q and k are turned by `rotation` first; see `rotate`.
 
     visible: bool, broadcasting to (B, 1, T, S), true where a query may look. Without it a query sees every key, or,
     when causal (T must equal S then), those up to its own place; in packed rows from the start of its text on, starts
@@ -48,7 +58,8 @@ def attend(
     assert not causal or q.shape[2] == k.shape[2], "causal attention without a mask needs as many keys as queries"
     assert starts is None or causal, "a text has a start where it is read in order"
     if causal and trains_on_processor(q) and fused.serves(q):
-        return fused.attend(q, k, v, starts)
+        return fused.attend(q, k, v, starts, rotation)
+    q, k = turn(q, rotation), turn(k, rotation)
     if starts is not None:
         visible, causal = seen_from(starts), False
     if trains_on_processor(q):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import attend, rotate
+from .attention import Rotation, attend, turn
 from .cache import Cache, FixedCache, KVCache
 from .config import Activation, ThinkerConfig
 from .moe import Activate, MoE
@@ -63,7 +63,7 @@ class RotaryEmbedding(nn.Module):
         self._fill(self.cos.device)
         return self
 
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, positions: Tensor) -> Rotation:
         """positions (T,) or (B, T) to cosines and sines (1 or B, 1, T, head_dim / 2), float32."""
         shape = (-1, 1, positions.shape[-1], self.cos.shape[-1])
         return self.cos[positions].view(shape), self.sin[positions].view(shape)
@@ -88,8 +88,8 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.width, config.norm_eps) if config.use_qk_norm else None
         self.out_proj = nn.Linear(inner, config.d_model, bias=False)
 
-    def project(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, D) to q (B, H, T, head_dim), k and v (B, G, T, head_dim); q and k normed and turned."""
+    def project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, D) to q (B, H, T, head_dim), k and v (B, G, T, head_dim); q and k normed, turned if so wanted."""
         if self.use_gqa:
             q, k, v = self.q(x), self.k(x), self.v(x)
         else:
@@ -97,23 +97,23 @@ class Attention(nn.Module):
         q, k, v = (part.unflatten(-1, (-1, self.width)).transpose(1, 2) for part in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, *rotation), rotate(k, *rotation), v
+        return turn(q, rotation), turn(k, rotation), v
 
     def forward(
         self,
         x: Tensor,
-        rotation: tuple[Tensor, Tensor],
+        rotation: Rotation,
         visible: Tensor | None = None,
         kv_cache: Cache | None = None,
         starts: Tensor | None = None,
     ) -> Tensor:
         """x (B, T, D) to (B, T, D). visible, starts: see `attention.attend`; a mask has causality in it."""
-        q, k, v = self.project(x, rotation)
+        q, k, v = self.project(x, None if kv_cache is None else rotation)
         if kv_cache is not None:
             k, v = kv_cache.append(self.layer, k, v)  # (B, G, S, head_dim)
         # A single query is the newest token and sees everything.
         causal = self.causal and visible is None and q.shape[2] > 1
-        y = attend(q, k, v, visible, causal, starts if causal else None)
+        y = attend(q, k, v, visible, causal, starts if causal else None, rotation if kv_cache is None else None)
         return self.out_proj(y.transpose(1, 2).flatten(start_dim=2))  # (B, T, D)
 
 
@@ -153,7 +153,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotation: tuple[Tensor, Tensor],
+        rotation: Rotation,
         visible: Tensor | None = None,
         kv_cache: Cache | None = None,
         starts: Tensor | None = None,

@@ -24,7 +24,9 @@ LINE = 64  # bytes
 
 VIEW = np.dtype([(name, np.int64) for name in ("data", "batch", "head", "token")])  # address, strides in elements
 VIEWS = ("q", "k", "v", "y", "y_grad", "q_grad", "k_grad", "v_grad")
-_COUNTS = "threads items length padded heads groups width starts tops totals scratch step_scratch"
+_COUNTS = (
+    "threads items length padded heads groups width starts turns cos sin step_angles tops totals scratch step_scratch"
+)
 # Places in a thread's own memory, in bytes; what is `turned` or `paired` is explained in `moves.py`.
 _PLACES = """rows keys values flat scores grads weights errors paired inner sums q_rows q_sums k_sums v_sums
     turned_q paired_q turned_y paired_y"""
@@ -51,26 +53,36 @@ def is_available() -> bool:
     return kernels.form() != "none"
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None = None) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor | None = None,
+    rotation: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Causal attention of q (B, H, T, head_dim) over k and v (B, G, T, head_dim), all bfloat16: (B, H, T, head_dim).
 
-    starts (B, T), whole numbers that never fall: the first position that each query sees, where that isn't 0.
+    starts (B, T), whole numbers that never fall: the first position that each query sees, where that isn't 0. rotation:
+    cosines and sines (1 or B, 1, T, head_dim / 2) in float32, by which q and k are turned first.
     """
-    return _forward(q, k, v, starts)[0]
+    cos, sin = (None, None) if rotation is None else rotation
+    return _forward(q, k, v, starts, cos, sin)[0]
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attend", mutates_args=())
-def _forward(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, cos: Tensor | None, sin: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The outputs, and of each query factor times its largest score and its weights' sum."""
-    results = _empty(q, k, v, starts)
+    results = _empty(q)
     y, tops, totals = results
-    _perform(kernels.attend_forward, {"q": q, "k": k, "v": v, "y": y}, starts, tops, totals)
+    _perform(kernels.attend_forward, {"q": q, "k": k, "v": v, "y": y}, starts, cos, sin, tops, totals)
     return results
 
 
 @_forward.register_fake
-def _empty(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    B, H, T, _ = q.shape
+def _empty(q: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    B, H, T = q.shape[:3]
     tops, totals = (q.new_empty(B, H, _padded(T), dtype=torch.float32) for _ in range(2))
     return _like(q), tops, totals
 
@@ -82,6 +94,8 @@ def _backward(
     k: Tensor,
     v: Tensor,
     starts: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
     y: Tensor,
     tops: Tensor,
     totals: Tensor,
@@ -90,12 +104,14 @@ def _backward(
     results = _like(q), _like(k), _like(v)
     views = {"q": q, "k": k, "v": v, "y": y, "y_grad": y_grad}
     grads = dict(zip(("q_grad", "k_grad", "v_grad"), results, strict=True))
-    _perform(kernels.attend_backward, views | grads, starts, tops, totals)
+    _perform(kernels.attend_backward, views | grads, starts, cos, sin, tops, totals)
     return results
 
 
 @_backward.register_fake
-def _empty_gradients(y_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_gradients(
+    y_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     return _like(q), _like(k), _like(v)
 
 
@@ -104,7 +120,7 @@ def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _differentiate(ctx, y_grad: Tensor, _tops: Tensor, _totals: Tensor):  # type: ignore[no-untyped-def]
-    return *_backward(y_grad, *ctx.saved_tensors), None
+    return *_backward(y_grad, *ctx.saved_tensors), None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)
@@ -120,14 +136,24 @@ def _padded(length: int) -> int:
     return -(-length // BLOCK) * BLOCK
 
 
-def _perform(kernel: Kernel, views: dict[str, Tensor], starts: Tensor | None, tops: Tensor, totals: Tensor) -> None:
+def _perform(
+    kernel: Kernel,
+    views: dict[str, Tensor],
+    starts: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    tops: Tensor,
+    totals: Tensor,
+) -> None:
     """Have a kernel done by all of torch's threads."""
     assert is_available(), "whoever calls this asks `serves` before"
-    (B, H, T, width), G, padded = views["q"].shape, views["k"].shape[1], _padded(views["q"].shape[2])
+    B, H, T, width = views["q"].shape
+    G, padded = views["k"].shape[1], _padded(T)
     firsts = torch.zeros(B, padded, dtype=torch.int32)
     if starts is not None:
         firsts[:, :T] = starts
         firsts[:, T:] = starts[:, -1:]
+    angles = [torch.empty(0) if part is None else part.contiguous() for part in (cos, sin)]
     places, size = _places(padded, width)
     threads = min(torch.get_num_threads(), B * G)
     scratch = torch.empty(threads * size + LINE, dtype=torch.uint8)
@@ -142,6 +168,10 @@ def _perform(kernel: Kernel, views: dict[str, Tensor], starts: Tensor | None, to
         "groups": G,
         "width": width,
         "starts": firsts.data_ptr(),
+        "turns": cos is not None,
+        "cos": angles[0].data_ptr(),
+        "sin": angles[1].data_ptr(),
+        "step_angles": 0 if len(angles[0]) < B else angles[0].stride(0),
         "tops": tops.data_ptr(),
         "totals": totals.data_ptr(),
         "scratch": -(-scratch.data_ptr() // LINE) * LINE,

@@ -14,15 +14,13 @@ out: those that end before the start of their first query.
 from __future__ import annotations
 
 import numpy as np
-from llvmlite import ir
-from numba import from_dtype, njit, types
-from numba.extending import intrinsic
+from numba import from_dtype, njit
 
-from ..compiled.memory import floats, pointer, shorts, view_of, words
-from ..compiled.vectors import FLOAT, FLOATS, INT, LANES, SHORT, WORD, WORDS, fma, load, loop, same, spread, store
+from ..compiled.memory import floats, shorts, view_of, words
+from ..compiled.vectors import LANES
 from .attention import BLOCK, PIECE, TASK
+from .attention_rows import divided, narrowed, soften, turned_back, turned_row, weigh_again
 from .moves import interleave, padded_rows, transpose
-from .narrow import from_bfloat16, power_of_two, rounded, to_bfloat16, widened
 from .tiles import leave_tiles, multiply, take_tiles
 
 tasks = view_of(from_dtype(TASK))
@@ -64,6 +62,23 @@ def rows_of(t, view, row, head, own):  # type: ignore[no-untyped-def]
     return at, step
 
 
+@njit(error_model="numpy")
+def turned_rows_of(t, view, row, head, own):  # type: ignore[no-untyped-def]
+    """The same for queries and keys, which are turned by their places first, if so wanted."""
+    at, step = rows_of(t, view, row, head, own)
+    if not t.turns:
+        return at, step
+    for token in range(t.length):
+        turned_row(at + 2 * token * step, t.width, angles(t, row, token), t.sin - t.cos, own + 2 * token * t.width)
+    return own, t.width
+
+
+@njit(error_model="numpy", inline="always")
+def angles(t, row, token):  # type: ignore[no-untyped-def]
+    """The address of the cosines of a token's place."""
+    return t.cos + 4 * (row * t.step_angles + token * (t.width // 2))
+
+
 @njit(error_model="numpy", inline="always")
 def starts_of(t, row):  # type: ignore[no-untyped-def]
     """Where the text of each token of a row begins, int32 (padded,)."""
@@ -75,14 +90,14 @@ def attend(t, own, row, group):  # type: ignore[no-untyped-def]
     """The outputs of one group's heads."""
     T, W, padded, turned = t.length, t.width, t.padded, 4 * (t.padded + LANES)
     keys, values, scores, weights, sums = own + t.keys, own + t.values, own + t.scores, own + t.weights, own + t.sums
-    k, step = rows_of(t, t.k, row, group, own + t.rows)
+    k, step = turned_rows_of(t, t.k, row, group, own + t.rows)
     transpose(k, 2 * step, padded, W // 2, keys, turned)
     v, step = rows_of(t, t.v, row, group, own + t.rows)
     interleave(v, step, padded, W, values)
     repeats, starts = t.heads // t.groups, starts_of(t, row)
     for head in range(group * repeats, (group + 1) * repeats):
         at = (row * t.heads + head) * padded
-        q, step = rows_of(t, t.q, row, head, own + t.rows)
+        q, step = turned_rows_of(t, t.q, row, head, own + t.rows)
         for first in range(0, padded, BLOCK):
             begin, count = starts[first] // BLOCK * BLOCK, min(BLOCK, T - first)
             columns = first + BLOCK - begin
@@ -95,10 +110,8 @@ def attend(t, own, row, group):  # type: ignore[no-untyped-def]
                 soften(from_scores, seen, end, columns, t.factor, to, t.tops + kept, t.totals + kept)
             multiply(weights, 2 * columns, values + 2 * begin * W, 4 * W, sums, 4 * W, BLOCK, W, columns, 0)
             for i in range(count):
-                y = shorts(start(t.y, row, head), (first + i) * t.y.token, W)
-                answer, share = floats(sums, i * W, W), np.float32(1) / floats(t.totals, at + first + i, 1)[0]
-                for j in range(W):
-                    y[j] = to_bfloat16(answer[j] * share)
+                share = np.float32(1) / floats(t.totals, at + first + i, 1)[0]
+                narrowed(sums + 4 * i * W, W, share, start(t.y, row, head) + 2 * (first + i) * t.y.token)
 
 
 @njit(error_model="numpy")
@@ -107,7 +120,7 @@ def differentiate(t, own, row, group):  # type: ignore[no-untyped-def]
     T, W, padded, turned = t.length, t.width, t.padded, 4 * (t.padded + LANES)
     scores, grads, weights, errors = own + t.scores, own + t.grads, own + t.weights, own + t.errors
     inner, paired, flat = own + t.inner, own + t.paired, own + t.flat
-    k, step_k = rows_of(t, t.k, row, group, own + t.keys)
+    k, step_k = turned_rows_of(t, t.k, row, group, own + t.keys)
     interleave(k, step_k, padded, W, own + t.rows)
     flat_step = 2 * (padded + 2 * LANES)
     transpose(own + t.rows, 4 * W, padded // 2, W, flat, flat_step)  # a pair of keys is a word: (W, padded)
@@ -116,7 +129,7 @@ def differentiate(t, own, row, group):  # type: ignore[no-untyped-def]
     for repeat in range(repeats):
         head = group * repeats + repeat
         at = (row * t.heads + head) * padded
-        q, step = rows_of(t, t.q, row, head, own + t.rows)
+        q, step = turned_rows_of(t, t.q, row, head, own + t.rows)
         transpose(q, 2 * step, padded, W // 2, own + t.turned_q, turned)
         interleave(q, step, padded, W, own + t.paired_q)
         divide_upstream(t, row, head, own + t.rows, inner)
@@ -157,18 +170,22 @@ def differentiate(t, own, row, group):  # type: ignore[no-untyped-def]
                     W, columns, count, key > starts[query],
                 )  # fmt: skip
         transpose(own + t.q_sums, turned, W, padded, own + t.q_rows, 4 * W)
-        narrow_rows(own + t.q_rows, T, W, t.scale, start(t.q_grad, row, head), t.q_grad.token)
-    narrow_rows(own + t.k_sums, T, W, t.scale, start(t.k_grad, row, group), t.k_grad.token)
-    narrow_rows(own + t.v_sums, T, W, np.float32(1), start(t.v_grad, row, group), t.v_grad.token)
+        keep_gradients(t, row, own + t.q_rows, t.q_grad, head)
+    keep_gradients(t, row, own + t.k_sums, t.k_grad, group)
+    for token in range(T):
+        to = start(t.v_grad, row, group) + 2 * token * t.v_grad.token
+        narrowed(own + t.v_sums + 4 * token * W, W, np.float32(1), to)
 
 
 @njit(error_model="numpy")
-def narrow_rows(sums, count, W, scale, to, step):  # type: ignore[no-untyped-def]
-    """So many rows of float32 (count, W), times a number, to rows of bfloat16."""
-    for token in range(count):
-        wide, narrow = floats(sums, token * W, W), shorts(to, token * step, W)
-        for i in range(W):
-            narrow[i] = to_bfloat16(wide[i] * scale)
+def keep_gradients(t, row, sums, view, head):  # type: ignore[no-untyped-def]
+    """A head's gradients, float32 (T, W), scaled and turned back to where they belong."""
+    for token in range(t.length):
+        source, to = sums + 4 * token * t.width, start(view, row, head) + 2 * token * view.token
+        if t.turns:
+            turned_back(source, t.width, angles(t, row, token), t.sin - t.cos, t.scale, to)
+        else:
+            narrowed(source, t.width, t.scale, to)
 
 
 @njit(error_model="numpy")
@@ -178,122 +195,15 @@ def divide_upstream(t, row, head, rows, inner):  # type: ignore[no-untyped-def]
     That is the sum of weight times gradient, which is that of output times gradient.
     """
     T, W, padded = t.length, t.width, t.padded
-    target, taken = shorts(rows, 0, padded * W), floats(inner, 0, padded)
     totals = floats(t.totals, (row * t.heads + head) * padded, padded)
+    y, upstream = start(t.y, row, head), start(t.y_grad, row, head)
     for token in range(T):
-        share = np.float32(1) / totals[token]
-        y = shorts(start(t.y, row, head), token * t.y.token, W)
-        upstream = shorts(start(t.y_grad, row, head), token * t.y_grad.token, W)
-        taken[token] = dot(upstream, y) * share
-        for i in range(W):
-            target[token * W + i] = to_bfloat16(from_bfloat16(upstream[i]) * share)
-    for i in range(T * W, padded * W):
-        target[i] = 0
-    for token in range(T, padded):
-        taken[token] = 0
-
-
-@njit(error_model="numpy", inline="always")
-def dot(a, b):  # type: ignore[no-untyped-def]
-    """The sum of products of two rows of bfloat16."""
-    total = np.float32(0)
-    for i in range(a.shape[0]):
-        total += from_bfloat16(a[i]) * from_bfloat16(b[i])
-    return total
-
-
-@intrinsic
-def soften(typing, scores, first, end, columns, factor, weights, top, total):  # type: ignore[no-untyped-def]
-    """A query's scores from `first` to `end` become weights 2^(factor * (score - largest)) in bfloat16, others zeros.
-
-    factor times the largest score, and the sum of the rounded weights, go to the addresses `top` and `total`.
-    """
-
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        scores, first, end, columns, factor, weights, top, total = arguments
-        source, target = pointer(builder, scores, FLOAT), pointer(builder, weights, SHORT)
-        limits = [spread(builder, builder.trunc(limit, WORD)) for limit in (first, end)]
-
-        def inside(c):  # type: ignore[no-untyped-def]
-            places = numbered(builder, c)
-            return builder.and_(
-                builder.icmp_signed(">=", places, limits[0]), builder.icmp_signed("<", places, limits[1])
-            )
-
-        def larger(a, b):  # type: ignore[no-untyped-def]
-            return builder.select(builder.fcmp_ordered(">", a, b), a, b)
-
-        def look(c, tops):  # type: ignore[no-untyped-def]
-            return [builder.select(inside(c), larger(load(builder, builder.gep(source, [c])), tops[0]), tops[0])]
-
-        (tops,) = loop(builder, INT(0), columns, LANES, [same(FLOATS, float("-inf"))], look)
-        most, scale = builder.fmul(folded(builder, tops, larger), factor), spread(builder, factor)
-        below = builder.fneg(spread(builder, most))
-
-        def weigh(c, sums):  # type: ignore[no-untyped-def]
-            power = power_of_two(builder, fma(builder, load(builder, builder.gep(source, [c])), scale, below))
-            bits = rounded(builder, builder.select(inside(c), power, same(FLOATS, 0.0)))
-            store(builder, bits, builder.gep(target, [c]))
-            return [builder.fadd(sums[0], widened(builder, bits))]
-
-        (sums,) = loop(builder, INT(0), columns, LANES, [same(FLOATS, 0.0)], weigh)
-        builder.store(most, pointer(builder, top, FLOAT))
-        builder.store(folded(builder, sums, builder.fadd), pointer(builder, total, FLOAT))
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4, types.float32, *[types.int64] * 3), generate
-
-
-@intrinsic
-def weigh_again(typing, scores, grads, columns, key, query, factor, starts, tops, inner, weights, errors, paired):  # type: ignore[no-untyped-def]
-    """Scores of two keys with many queries, and their weights' gradients, to weights and the scores' gradients.
-
-    `scores` and `grads` are float32 (2, columns), `weights` and `errors` bfloat16; `paired` is the latter interleaved.
-    `starts`, `tops` and `inner` are the queries', from `query` on, who see what lies between their start and them.
-    """
-
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        scores, grads, columns, key, query, factor, starts, tops, inner, weights, errors, paired = arguments
-        scale = spread(builder, factor)
-        keys = [spread(builder, builder.trunc(builder.add(key, INT(row)), WORD)) for row in range(2)]
-
-        def some(c, _):  # type: ignore[no-untyped-def]
-            below = builder.fneg(load(builder, pointer(builder, tops, FLOAT, c)))
-            taken = load(builder, pointer(builder, inner, FLOAT, c))
-            queries, firsts = numbered(builder, builder.add(query, c)), load(builder, pointer(builder, starts, WORD, c))
-            halves = []
-            for row, place in enumerate((c, builder.add(c, columns))):
-                score, grad = (load(builder, pointer(builder, part, FLOAT, place)) for part in (scores, grads))
-                power = power_of_two(builder, fma(builder, score, scale, below))
-                behind, within = (
-                    builder.icmp_signed(*parts) for parts in ((">=", queries, keys[row]), ("<=", firsts, keys[row]))
-                )
-                seen = builder.and_(behind, within)
-                weight = rounded(builder, builder.select(seen, power, same(FLOATS, 0.0)))
-                error = rounded(builder, builder.fmul(widened(builder, weight), builder.fsub(grad, taken)))
-                store(builder, weight, pointer(builder, weights, SHORT, place))
-                store(builder, error, pointer(builder, errors, SHORT, place))
-                halves.append(builder.zext(error, WORDS))
-            both = builder.or_(halves[0], builder.shl(halves[1], same(WORDS, 16)))
-            store(builder, both, pointer(builder, paired, WORD, c))
-            return []
-
-        loop(builder, INT(0), columns, LANES, [], some)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 5, types.float32, *[types.int64] * 6), generate
-
-
-def numbered(builder: ir.IRBuilder, first: ir.Value) -> ir.Value:
-    """The numbers of a vector's lanes, from `first` on."""
-    return builder.add(spread(builder, builder.trunc(first, WORD)), ir.Constant(WORDS, list(range(LANES))))
-
-
-def folded(builder: ir.IRBuilder, vector: ir.Value, join) -> ir.Value:  # type: ignore[no-untyped-def]
-    """A vector's lanes joined to one number, in halves."""
-    size = LANES
-    while size > 1:
-        size //= 2
-        turned = ir.Constant(WORDS, [(lane + size) % LANES for lane in range(LANES)])
-        vector = join(vector, builder.shuffle_vector(vector, vector, turned))
-    return builder.extract_element(vector, WORD(0))
+        divided(
+            upstream + 2 * token * t.y_grad.token, y + 2 * token * t.y.token, W, np.float32(1) / totals[token],
+            rows + 2 * token * W, inner + 4 * token,
+        )  # fmt: skip
+    nothing, taken = shorts(rows, T * W, (padded - T) * W), floats(inner, T, padded - T)
+    for i in range((padded - T) * W):
+        nothing[i] = 0
+    for i in range(padded - T):
+        taken[i] = 0

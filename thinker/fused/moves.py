@@ -3,7 +3,7 @@
 All turning is one transposition of 32-bit words, of float32 or of pairs of bfloat16. Sizes are multiples of 32.
 """
 
-# n rows, W columns
+# W columns
 
 from __future__ import annotations
 

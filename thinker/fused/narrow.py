@@ -1,10 +1,8 @@
-"""Numbers in bfloat16, kept as int16, and powers that become such numbers: in vectors, and one by one."""
+"""Numbers in bfloat16, kept as int16, and powers that become such numbers, in vectors."""
 
 from __future__ import annotations
 
-import numpy as np
 from llvmlite import ir
-from numba import njit
 from numba.core import cgutils
 
 from ..compiled.vectors import FLOATS, LANES, SHORT, WORDS, fma, same
@@ -58,16 +56,3 @@ def power_of_two(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
         power = fma(builder, power, rest, same(FLOATS, factor))
     exponent = builder.shl(builder.bitcast(shifted, WORDS), same(WORDS, 23))
     return builder.bitcast(builder.add(builder.bitcast(power, WORDS), exponent), FLOATS)
-
-
-@njit(error_model="numpy", inline="always")
-def to_bfloat16(x):  # type: ignore[no-untyped-def]
-    """float32 to the nearest bfloat16, of two the even one."""
-    bits = np.float32(x).view(np.int32)
-    return np.int16((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
-
-
-@njit(error_model="numpy", inline="always")
-def from_bfloat16(bits):  # type: ignore[no-untyped-def]
-    """Back to float32, exactly."""
-    return np.int32(np.int32(bits) << 16).view(np.float32)

@@ -1,0 +1,206 @@
+"""What attention does to a row of numbers, or two, between products: written as vector instructions.
+
+Arguments are addresses; counts are multiples of a vector's sixteen lanes.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from ..compiled.memory import pointer
+from ..compiled.vectors import FLOAT, FLOATS, INT, LANES, SHORT, WORD, WORDS, fma, load, loop, same, spread, store
+from .narrow import power_of_two, rounded, widened
+
+
+@intrinsic
+def narrowed(typing, source, count, factor, target):  # type: ignore[no-untyped-def]
+    """A row of float32, times a number, in bfloat16."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        source, count, factor, target = arguments
+        factor = spread(builder, factor)
+
+        def some(c, _):  # type: ignore[no-untyped-def]
+            value = builder.fmul(load(builder, pointer(builder, source, FLOAT, c)), factor)
+            store(builder, rounded(builder, value), pointer(builder, target, SHORT, c))
+            return []
+
+        loop(builder, INT(0), count, LANES, [], some)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 2, types.float32, types.int64), generate
+
+
+@intrinsic
+def turned_row(typing, source, width, cos, to_sin, target):  # type: ignore[no-untyped-def]
+    """A row of bfloat16 whose two halves turn together, see `attention.rotate`; sines are so many bytes behind."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        source, width, cos, to_sin, target = arguments
+
+        def some(c, half):  # type: ignore[no-untyped-def]
+            a, b = (widened(builder, load(builder, pointer(builder, source, SHORT, place))) for place in (c, half))
+            return a, b, target, None
+
+        turn(builder, width, cos, to_sin, some, 1)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), generate
+
+
+@intrinsic
+def turned_back(typing, source, width, cos, to_sin, factor, target):  # type: ignore[no-untyped-def]
+    """A row of float32 turned the other way, times a number, in bfloat16."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        source, width, cos, to_sin, factor, target = arguments
+        scale = spread(builder, factor)
+
+        def some(c, half):  # type: ignore[no-untyped-def]
+            a, b = (load(builder, pointer(builder, source, FLOAT, place)) for place in (c, half))
+            return a, b, target, scale
+
+        turn(builder, width, cos, to_sin, some, -1)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4, types.float32, types.int64), generate
+
+
+def turn(builder, width, cos, to_sin, some, sign):  # type: ignore[no-untyped-def]
+    """Pairs from both halves of a row, some at a time, turned: what `some` gives, to where it says."""
+    half = builder.sdiv(width, INT(2))
+
+    def body(c, _):  # type: ignore[no-untyped-def]
+        other = builder.add(c, half)
+        a, b, target, scale = some(c, other)
+        turning = load(builder, pointer(builder, cos, FLOAT, c))
+        across = load(builder, pointer(builder, builder.add(cos, to_sin), FLOAT, c))
+        across = across if sign > 0 else builder.fneg(across)
+        first = builder.fsub(builder.fmul(a, turning), builder.fmul(b, across))
+        second = builder.fadd(builder.fmul(b, turning), builder.fmul(a, across))
+        for value, place in ((first, c), (second, other)):
+            scaled = value if scale is None else builder.fmul(value, scale)
+            store(builder, rounded(builder, scaled), pointer(builder, target, SHORT, place))
+        return []
+
+    loop(builder, INT(0), half, LANES, [], body)
+
+
+@intrinsic
+def divided(typing, upstream, y, width, share, target, inner):  # type: ignore[no-untyped-def]
+    """A row of gradients times a number, in bfloat16, and its product with another row, times that number as well."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        upstream, y, width, share, target, inner = arguments
+        scale = spread(builder, share)
+
+        def some(c, sums):  # type: ignore[no-untyped-def]
+            grad, other = (widened(builder, load(builder, pointer(builder, x, SHORT, c))) for x in (upstream, y))
+            store(builder, rounded(builder, builder.fmul(grad, scale)), pointer(builder, target, SHORT, c))
+            return [fma(builder, grad, other, sums[0])]
+
+        (sums,) = loop(builder, INT(0), width, LANES, [same(FLOATS, 0.0)], some)
+        total = builder.fmul(folded(builder, sums, builder.fadd), share)
+        builder.store(total, pointer(builder, inner, FLOAT))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3, types.float32, *[types.int64] * 2), generate
+
+
+@intrinsic
+def soften(typing, scores, first, end, columns, factor, weights, top, total):  # type: ignore[no-untyped-def]
+    """A query's scores from `first` to `end` become weights 2^(factor * (score - largest)) in bfloat16, others zeros.
+
+    factor times the largest score, and the sum of the rounded weights, go to the addresses `top` and `total`.
+    """
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        scores, first, end, columns, factor, weights, top, total = arguments
+        source, target = pointer(builder, scores, FLOAT), pointer(builder, weights, SHORT)
+        limits = [spread(builder, builder.trunc(limit, WORD)) for limit in (first, end)]
+
+        def inside(c):  # type: ignore[no-untyped-def]
+            places = numbered(builder, c)
+            return builder.and_(
+                builder.icmp_signed(">=", places, limits[0]), builder.icmp_signed("<", places, limits[1])
+            )
+
+        def larger(a, b):  # type: ignore[no-untyped-def]
+            return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+        def look(c, tops):  # type: ignore[no-untyped-def]
+            return [builder.select(inside(c), larger(load(builder, builder.gep(source, [c])), tops[0]), tops[0])]
+
+        (tops,) = loop(builder, INT(0), columns, LANES, [same(FLOATS, float("-inf"))], look)
+        most, scale = builder.fmul(folded(builder, tops, larger), factor), spread(builder, factor)
+        below = builder.fneg(spread(builder, most))
+
+        def weigh(c, sums):  # type: ignore[no-untyped-def]
+            power = power_of_two(builder, fma(builder, load(builder, builder.gep(source, [c])), scale, below))
+            bits = rounded(builder, builder.select(inside(c), power, same(FLOATS, 0.0)))
+            store(builder, bits, builder.gep(target, [c]))
+            return [builder.fadd(sums[0], widened(builder, bits))]
+
+        (sums,) = loop(builder, INT(0), columns, LANES, [same(FLOATS, 0.0)], weigh)
+        builder.store(most, pointer(builder, top, FLOAT))
+        builder.store(folded(builder, sums, builder.fadd), pointer(builder, total, FLOAT))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4, types.float32, *[types.int64] * 3), generate
+
+
+@intrinsic
+def weigh_again(typing, scores, grads, columns, key, query, factor, starts, tops, inner, weights, errors, paired):  # type: ignore[no-untyped-def]
+    """Scores of two keys with many queries, and their weights' gradients, to weights and the scores' gradients.
+
+    `scores` and `grads` are float32 (2, columns), `weights` and `errors` bfloat16; `paired` is the latter interleaved.
+    `starts`, `tops` and `inner` are the queries', from `query` on, who see what lies between their start and them.
+    """
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        scores, grads, columns, key, query, factor, starts, tops, inner, weights, errors, paired = arguments
+        scale = spread(builder, factor)
+        keys = [spread(builder, builder.trunc(builder.add(key, INT(row)), WORD)) for row in range(2)]
+
+        def some(c, _):  # type: ignore[no-untyped-def]
+            below = builder.fneg(load(builder, pointer(builder, tops, FLOAT, c)))
+            taken = load(builder, pointer(builder, inner, FLOAT, c))
+            queries, firsts = numbered(builder, builder.add(query, c)), load(builder, pointer(builder, starts, WORD, c))
+            halves = []
+            for row, place in enumerate((c, builder.add(c, columns))):
+                score, grad = (load(builder, pointer(builder, part, FLOAT, place)) for part in (scores, grads))
+                power = power_of_two(builder, fma(builder, score, scale, below))
+                behind, within = (
+                    builder.icmp_signed(*parts) for parts in ((">=", queries, keys[row]), ("<=", firsts, keys[row]))
+                )
+                seen = builder.and_(behind, within)
+                weight = rounded(builder, builder.select(seen, power, same(FLOATS, 0.0)))
+                error = rounded(builder, builder.fmul(widened(builder, weight), builder.fsub(grad, taken)))
+                store(builder, weight, pointer(builder, weights, SHORT, place))
+                store(builder, error, pointer(builder, errors, SHORT, place))
+                halves.append(builder.zext(error, WORDS))
+            both = builder.or_(halves[0], builder.shl(halves[1], same(WORDS, 16)))
+            store(builder, both, pointer(builder, paired, WORD, c))
+            return []
+
+        loop(builder, INT(0), columns, LANES, [], some)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5, types.float32, *[types.int64] * 6), generate
+
+
+def numbered(builder: ir.IRBuilder, first: ir.Value) -> ir.Value:
+    """The numbers of a vector's lanes, from `first` on."""
+    return builder.add(spread(builder, builder.trunc(first, WORD)), ir.Constant(WORDS, list(range(LANES))))
+
+
+def folded(builder: ir.IRBuilder, vector: ir.Value, join) -> ir.Value:  # type: ignore[no-untyped-def]
+    """A vector's lanes joined to one number, in halves."""
+    size = LANES
+    while size > 1:
+        size //= 2
+        turned = ir.Constant(WORDS, [(lane + size) % LANES for lane in range(LANES)])
+        vector = join(vector, builder.shuffle_vector(vector, vector, turned))
+    return builder.extract_element(vector, WORD(0))
