@@ -15,7 +15,8 @@ from conftest import randomise, small
 from numba import njit
 
 from benchmarks import same_bytes
-from thinker import moe
+from thinker import attention, moe
+from thinker import model as network
 from thinker.compiled import processor
 from thinker.decode.decoder import Decoder
 from thinker.decode.native import ahead, open_native, product, rows, shares
@@ -24,7 +25,7 @@ from thinker.decode.native.layout import JOB, PIECE, PIECES, QUERIES, SHAPE
 from thinker.decode.native.pace import LEAST, MOST, Pace
 from thinker.decode.torch_decoder import TorchDecoder
 from thinker.formats.q8 import Q8Tensor
-from thinker.model import Attention, ThinkerLM
+from thinker.model import ThinkerLM
 from thinker.sampling import Draws, Sampling
 from thinker.trace import trace
 
@@ -131,13 +132,12 @@ def test_int8_has_the_numbers_of_q8_0(config, monkeypatch):
             module.register_forward_pre_hook(lambda _, given: (rounded_rows(given[0]),))
     grouped = moe.grouped_product
     monkeypatch.setattr(moe, "grouped_product", lambda rows, *others: grouped(rounded_rows(rows), *others))
-    project = Attention.project
 
-    def project_to_float16(self, x, rotation):
-        q, k, v = project(self, x, rotation)
-        return q, k.half().float(), v.half().float()
+    def attend_to_float16(q, k, v, visible, causal, starts, rotation):
+        q, k = (attention.turn(x, rotation) for x in (q, k))
+        return attention.attend(q, k.half().float(), v.half().float(), visible, causal, starts)
 
-    monkeypatch.setattr(Attention, "project", project_to_float16)
+    monkeypatch.setattr(network, "attend", attend_to_float16)
     decoder = open_native(files_of(model), dtype="int8", threads=1)
     ours, theirs = decoder.prefill(0, tokens, every=True), logits_of(rounded, tokens)
     # Where a last bit in float32 differs, an activation may be rounded to its other neighbour, then a key's float16 to
