@@ -41,6 +41,18 @@ def test_what_a_processor_emulates_is_not_probed(monkeypatch):
     assert decisions.reasons[0] == "float32: this processor emulates bfloat16, 6.9 times the time a product"
 
 
+def test_what_attention_is_computed_by_is_said(monkeypatch):
+    """Bug: a run is slow because Numba is broken, and nobody learns of it."""
+    monkeypatch.setattr(room, "probe", lambda module, batch, device, name: 1.0)
+    monkeypatch.setattr(room.kernels, "multiplies", lambda: True)
+    settings = TrainConfig(steps=10, precision="bfloat16")
+    config = CONFIG.changed(d_model=64, n_heads=2)
+    for hindrance, said in ((None, "one kernel of Thinker's own"), ("OSError: no room", "(OSError: no room)")):
+        monkeypatch.setattr(room.kernels, "hindrance", lambda why=hindrance: why)
+        decisions = decide(settings, NextTokenLoss(ThinkerLM(config)), one_row(), "cpu")
+        assert [reason for reason in decisions.reasons if reason.startswith("attention: ") and said in reason]
+
+
 def test_probing_changes_no_parameter():
     """Bug: the probe's gradients or an update leak into the run, which then depends on the probe."""
     model = ThinkerLM(CONFIG)

@@ -196,15 +196,16 @@ def test_attention_is_chosen_where_it_can_be(monkeypatch: pytest.MonkeyPatch) ->
 def test_without_kernels_attention_is_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug: a broken Numba, or a library of threads that isn't OpenMP's, ends training."""
     monkeypatch.setattr(kernels, "threads", lambda: (_ for _ in ()).throw(AttributeError("GOMP_parallel")))
-    kernels.form.cache_clear()
+    kernels.hindrance.cache_clear()
     try:
         assert kernels.form() == "none"
+        assert kernels.hindrance() == "AttributeError: GOMP_parallel"
         q, k, v, upstream = draw(2, 2, attention.QUERY_BLOCK + 1, 64)
         got = outcome(lambda *x: attend(*x, causal=True), q, k, v, upstream)
         assert all(map(torch.equal, got, outcome(attention.blocked_causal, q, k, v, upstream)))
     finally:
         monkeypatch.undo()
-        kernels.form.cache_clear()
+        kernels.hindrance.cache_clear()
     assert kernels.form() != "none"
 
 

@@ -7,6 +7,7 @@ import platform
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from ..compiled.library import Kernel
 from ..compiled.processor import PAIRS_OF_BFLOAT16, TILES
@@ -20,24 +21,29 @@ KERNELS = attend_forward, attend_backward, fork
 ARCH_PRCTL, ASK_FOR_STATE, TILE_DATA = 158, 0x1023, 18  # of Linux on x86-64
 
 
-@cache
-def form() -> str:
-    """What this process multiplies bfloat16 with: tiles or pairs; none where it lacks that, a compiler, or threads.
-
-    The first time on a machine kernels are compiled.
-    """
-    if not multiplies():
+def form() -> Literal["tiles", "pairs", "none"]:
+    """What this process multiplies bfloat16 with."""
+    if hindrance() is not None:
         return "none"
+    return "tiles" if TILES else "pairs"
+
+
+@cache
+def hindrance() -> str | None:
+    """Why there are no kernels here, or none if there are. The first time on a machine they are compiled."""
+    if not multiplies():
+        return "this processor has no products of bfloat16, or its system isn't Linux"
+    # The system keeps a thread's tiles only for processes that have asked.
+    if TILES and ctypes.CDLL(None).syscall(ARCH_PRCTL, ASK_FOR_STATE, TILE_DATA) != 0:
+        return "the system keeps no tiles for this process"
     try:
-        # The system keeps a thread's tiles only for processes that have asked.
-        if TILES and ctypes.CDLL(None).syscall(ARCH_PRCTL, ASK_FOR_STATE, TILE_DATA) != 0:
-            return "none"
         threads()
         for kernel in KERNELS:
             kernel.prepare()
-    except Exception:  # whatever Numba and LLVM raise: the plain forms do the same
-        return "none"
-    return "tiles" if TILES else "pairs"
+    except Exception as error:
+        # Whatever goes wrong in here is Numba's, LLVM's, or a missing name's: the plain forms do the same, slower.
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def multiplies() -> bool:

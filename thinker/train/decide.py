@@ -111,8 +111,11 @@ def decide(
         else:
             reasons.append(f"float32: this processor emulates bfloat16, {bfloat16_cost():.1f} times the time a product")
 
-    if precision == "bfloat16" and device == "cpu" and attention.fits(module.model.config.head_width):
-        reasons.append(f"attention: one kernel of Thinker's own, its products by {kernels.form()}")
+    if precision == "bfloat16" and device == "cpu" and kernels.multiplies():
+        if attention.fits(module.model.config.head_width):
+            reasons.append(f"attention: one kernel of Thinker's own, its products by {kernels.form()}")
+        elif kernels.hindrance() is not None:
+            reasons.append(f"attention: plain products, for want of Thinker's kernel ({kernels.hindrance()})")
     limit_steps, limit_seconds = run.limit
     ahead = limit_seconds if limit_seconds is not None else (limit_steps or 0) * seconds
     hindrance = None
