@@ -152,7 +152,6 @@ def _perform(
     firsts = torch.zeros(B, padded, dtype=torch.int32)
     if starts is not None:
         firsts[:, :T] = starts
-        firsts[:, T:] = starts[:, -1:]
     angles = [torch.empty(0) if part is None else part.contiguous() for part in (cos, sin)]
     places, size = _places(padded, width)
     threads = min(torch.get_num_threads(), B * G)
