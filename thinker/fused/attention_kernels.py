@@ -19,7 +19,7 @@ from numba import from_dtype, njit
 from ..compiled.memory import floats, shorts, view_of, words
 from ..compiled.vectors import LANES
 from .attention import BLOCK, PIECE, TASK
-from .attention_rows import divided, narrowed, soften, turned_back, turned_row, weigh_again
+from .attention_rows import divided, narrowed, soften, turned, turned_back, weigh_again
 from .moves import interleave, padded_rows, transpose
 from .tiles import leave_tiles, multiply, take_tiles
 
@@ -69,7 +69,8 @@ def turned_rows_of(t, view, row, head, own):  # type: ignore[no-untyped-def]
     if not t.turns:
         return at, step
     for token in range(t.length):
-        turned_row(at + 2 * token * step, t.width, angles(t, row, token), t.sin - t.cos, own + 2 * token * t.width)
+        source, to, cos = at + 2 * token * step, own + 2 * token * t.width, angles(t, row, token)
+        turned(source, t.width, cos, t.sin - t.cos, np.float32(1), to)
     return own, t.width
 
 
@@ -88,10 +89,10 @@ def starts_of(t, row):  # type: ignore[no-untyped-def]
 @njit(error_model="numpy")
 def attend(t, own, row, group):  # type: ignore[no-untyped-def]
     """The outputs of one group's heads."""
-    T, W, padded, turned = t.length, t.width, t.padded, 4 * (t.padded + LANES)
+    T, W, padded, wide_step = t.length, t.width, t.padded, 4 * (t.padded + LANES)
     keys, values, scores, weights, sums = own + t.keys, own + t.values, own + t.scores, own + t.weights, own + t.sums
     k, step = turned_rows_of(t, t.k, row, group, own + t.rows)
-    transpose(k, 2 * step, padded, W // 2, keys, turned)
+    transpose(k, 2 * step, padded, W // 2, keys, wide_step)
     v, step = rows_of(t, t.v, row, group, own + t.rows)
     interleave(v, step, padded, W, values)
     repeats, starts = t.heads // t.groups, starts_of(t, row)
@@ -102,7 +103,7 @@ def attend(t, own, row, group):  # type: ignore[no-untyped-def]
             begin, count = starts[first] // BLOCK * BLOCK, min(BLOCK, T - first)
             columns = first + BLOCK - begin
             multiply(
-                q + 2 * first * step, 2 * step, keys + 4 * begin, turned, scores, 4 * columns, BLOCK, columns, W, 0
+                q + 2 * first * step, 2 * step, keys + 4 * begin, wide_step, scores, 4 * columns, BLOCK, columns, W, 0
             )
             for i in range(BLOCK):
                 from_scores, to, kept = scores + 4 * i * columns, weights + 2 * i * columns, 4 * (at + first + i)
@@ -117,7 +118,7 @@ def attend(t, own, row, group):  # type: ignore[no-untyped-def]
 @njit(error_model="numpy")
 def differentiate(t, own, row, group):  # type: ignore[no-untyped-def]
     """The gradients of one group's keys and values and of its heads' queries."""
-    T, W, padded, turned = t.length, t.width, t.padded, 4 * (t.padded + LANES)
+    T, W, padded, wide_step = t.length, t.width, t.padded, 4 * (t.padded + LANES)
     scores, grads, weights, errors = own + t.scores, own + t.grads, own + t.weights, own + t.errors
     inner, paired, flat = own + t.inner, own + t.paired, own + t.flat
     k, step_k = turned_rows_of(t, t.k, row, group, own + t.keys)
@@ -130,10 +131,10 @@ def differentiate(t, own, row, group):  # type: ignore[no-untyped-def]
         head = group * repeats + repeat
         at = (row * t.heads + head) * padded
         q, step = turned_rows_of(t, t.q, row, head, own + t.rows)
-        transpose(q, 2 * step, padded, W // 2, own + t.turned_q, turned)
+        transpose(q, 2 * step, padded, W // 2, own + t.turned_q, wide_step)
         interleave(q, step, padded, W, own + t.paired_q)
         divide_upstream(t, row, head, own + t.rows, inner)
-        transpose(own + t.rows, 2 * W, padded, W // 2, own + t.turned_y, turned)
+        transpose(own + t.rows, 2 * W, padded, W // 2, own + t.turned_y, wide_step)
         interleave(own + t.rows, W, padded, W, own + t.paired_y)
         for key in range(0, padded, PIECE):
             count = min(PIECE, padded - key)
@@ -143,11 +144,11 @@ def differentiate(t, own, row, group):  # type: ignore[no-untyped-def]
                 columns = min(PIECE, padded - query)
                 wide, narrow, right = 4 * columns, 2 * columns, 4 * query
                 multiply(
-                    k + 2 * key * step_k, 2 * step_k, own + t.turned_q + right, turned, scores, wide,
+                    k + 2 * key * step_k, 2 * step_k, own + t.turned_q + right, wide_step, scores, wide,
                     count, columns, W, 0,
                 )  # fmt: skip
                 multiply(
-                    v + 2 * key * step_v, 2 * step_v, own + t.turned_y + right, turned, grads, wide,
+                    v + 2 * key * step_v, 2 * step_v, own + t.turned_y + right, wide_step, grads, wide,
                     count, columns, W, 0,
                 )  # fmt: skip
                 for i in range(0, count, 2):
@@ -166,10 +167,10 @@ def differentiate(t, own, row, group):  # type: ignore[no-untyped-def]
                     count, W, columns, more,
                 )  # fmt: skip
                 multiply(
-                    flat + 2 * key, flat_step, paired, wide, own + t.q_sums + right, turned,
+                    flat + 2 * key, flat_step, paired, wide, own + t.q_sums + right, wide_step,
                     W, columns, count, key > starts[query],
                 )  # fmt: skip
-        transpose(own + t.q_sums, turned, W, padded, own + t.q_rows, 4 * W)
+        transpose(own + t.q_sums, wide_step, W, padded, own + t.q_rows, 4 * W)
         keep_gradients(t, row, own + t.q_rows, t.q_grad, head)
     keep_gradients(t, row, own + t.k_sums, t.k_grad, group)
     for token in range(T):

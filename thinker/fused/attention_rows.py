@@ -5,6 +5,8 @@ Arguments are addresses; counts are multiples of a vector's sixteen lanes.
 
 from __future__ import annotations
 
+from typing import Any
+
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -33,59 +35,47 @@ def narrowed(typing, source, count, factor, target):  # type: ignore[no-untyped-
     return types.void(*[types.int64] * 2, types.float32, types.int64), generate
 
 
-@intrinsic
-def turned_row(typing, source, width, cos, to_sin, target):  # type: ignore[no-untyped-def]
-    """A row of bfloat16 whose two halves turn together, see `attention.rotate`; sines are so many bytes behind."""
+def _turning(back: bool) -> Any:
+    """RoPE for a row whose two halves turn together: see `attention.rotate`."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        source, width, cos, to_sin, target = arguments
+    @intrinsic
+    def turned(typing, source, width, cos, to_sin, factor, target):  # type: ignore[no-untyped-def]
+        """A row, times a number, turned on (of bfloat16) or back (of float32), in bfloat16.
 
-        def some(c, half):  # type: ignore[no-untyped-def]
-            a, b = (widened(builder, load(builder, pointer(builder, source, SHORT, place))) for place in (c, half))
-            return a, b, target, None
+        The sines lie so many bytes behind the cosines.
+        """
 
-        turn(builder, width, cos, to_sin, some, 1)
-        return context.get_dummy_value()
+        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            source, width, cos, to_sin, factor, target = arguments
+            scale, half = spread(builder, factor), builder.sdiv(width, INT(2))
 
-    return types.void(*[types.int64] * 5), generate
+            def at(place):  # type: ignore[no-untyped-def]
+                if back:
+                    return load(builder, pointer(builder, source, FLOAT, place))
+                return widened(builder, load(builder, pointer(builder, source, SHORT, place)))
+
+            def some(c, _):  # type: ignore[no-untyped-def]
+                other = builder.add(c, half)
+                a, b = at(c), at(other)
+                cosine = load(builder, pointer(builder, cos, FLOAT, c))
+                sine = load(builder, pointer(builder, builder.add(cos, to_sin), FLOAT, c))
+                sine = builder.fneg(sine) if back else sine
+                first = builder.fsub(builder.fmul(a, cosine), builder.fmul(b, sine))
+                second = builder.fadd(builder.fmul(b, cosine), builder.fmul(a, sine))
+                for value, place in ((first, c), (second, other)):
+                    result = rounded(builder, builder.fmul(value, scale))
+                    store(builder, result, pointer(builder, target, SHORT, place))
+                return []
+
+            loop(builder, INT(0), half, LANES, [], some)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 4, types.float32, types.int64), generate
+
+    return turned
 
 
-@intrinsic
-def turned_back(typing, source, width, cos, to_sin, factor, target):  # type: ignore[no-untyped-def]
-    """A row of float32 turned the other way, times a number, in bfloat16."""
-
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        source, width, cos, to_sin, factor, target = arguments
-        scale = spread(builder, factor)
-
-        def some(c, half):  # type: ignore[no-untyped-def]
-            a, b = (load(builder, pointer(builder, source, FLOAT, place)) for place in (c, half))
-            return a, b, target, scale
-
-        turn(builder, width, cos, to_sin, some, -1)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4, types.float32, types.int64), generate
-
-
-def turn(builder, width, cos, to_sin, some, sign):  # type: ignore[no-untyped-def]
-    """Pairs from both halves of a row, some at a time, turned: what `some` gives, to where it says."""
-    half = builder.sdiv(width, INT(2))
-
-    def body(c, _):  # type: ignore[no-untyped-def]
-        other = builder.add(c, half)
-        a, b, target, scale = some(c, other)
-        turning = load(builder, pointer(builder, cos, FLOAT, c))
-        across = load(builder, pointer(builder, builder.add(cos, to_sin), FLOAT, c))
-        across = across if sign > 0 else builder.fneg(across)
-        first = builder.fsub(builder.fmul(a, turning), builder.fmul(b, across))
-        second = builder.fadd(builder.fmul(b, turning), builder.fmul(a, across))
-        for value, place in ((first, c), (second, other)):
-            scaled = value if scale is None else builder.fmul(value, scale)
-            store(builder, rounded(builder, scaled), pointer(builder, target, SHORT, place))
-        return []
-
-    loop(builder, INT(0), half, LANES, [], body)
+turned, turned_back = _turning(back=False), _turning(back=True)
 
 
 @intrinsic
@@ -172,10 +162,8 @@ def weigh_again(typing, scores, grads, columns, key, query, factor, starts, tops
             for row, place in enumerate((c, builder.add(c, columns))):
                 score, grad = (load(builder, pointer(builder, part, FLOAT, place)) for part in (scores, grads))
                 power = power_of_two(builder, fma(builder, score, scale, below))
-                behind, within = (
-                    builder.icmp_signed(*parts) for parts in ((">=", queries, keys[row]), ("<=", firsts, keys[row]))
-                )
-                seen = builder.and_(behind, within)
+                begun = builder.icmp_signed("<=", firsts, keys[row])
+                seen = builder.and_(begun, builder.icmp_signed("<=", keys[row], queries))
                 weight = rounded(builder, builder.select(seen, power, same(FLOATS, 0.0)))
                 error = rounded(builder, builder.fmul(widened(builder, weight), builder.fsub(grad, taken)))
                 store(builder, weight, pointer(builder, weights, SHORT, place))

@@ -32,90 +32,86 @@ def at(builder: ir.IRBuilder, address: ir.Value, *bytes_: ir.Value) -> ir.Value:
 
 def _by_tiles(builder, a, a_step, b, b_step, c, c_step, m, n, k, adds):  # type: ignore[no-untyped-def]
     """Blocks of two by two tiles of sums, which are four of the eight that there are."""
-    void = ir.VoidType()
     lower_a, lower_c = builder.mul(a_step, INT(TILE_ROWS)), builder.mul(c_step, INT(TILE_ROWS))
 
-    def block(i, _):  # type: ignore[no-untyped-def]
-        def across(j, _):  # type: ignore[no-untyped-def]
-            start = builder.add(builder.mul(i, c_step), builder.mul(j, INT(4)))
-            corners = [
-                at(builder, c, start, further, INT(right)) for further in (INT(0), lower_c) for right in (0, TILE_BYTES)
-            ]
-            with builder.if_else(builder.icmp_signed("!=", adds, INT(0))) as (then, otherwise):
-                with then:
-                    for tile, corner in enumerate(corners):
-                        call(builder, "x86.tileloadd64", void, BYTE(tile), corner, c_step)
-                with otherwise:
-                    for tile in range(4):
-                        call(builder, "x86.tilezero", void, BYTE(tile))
+    def tile(what, number, address, step):  # type: ignore[no-untyped-def]
+        call(builder, f"x86.tile{what}d64", ir.VoidType(), BYTE(number), address, step)
 
-            def inward(p, _):  # type: ignore[no-untyped-def]
-                from_a = builder.add(builder.mul(i, a_step), builder.mul(p, INT(2)))
-                from_b = builder.add(builder.mul(builder.sdiv(p, INT(2)), b_step), builder.mul(j, INT(4)))
-                call(builder, "x86.tileloadd64", void, BYTE(4), at(builder, a, from_a), a_step)
-                call(builder, "x86.tileloadd64", void, BYTE(6), at(builder, b, from_b), b_step)
-                call(builder, "x86.tileloadd64", void, BYTE(5), at(builder, a, from_a, lower_a), a_step)
-                call(builder, "x86.tileloadd64", void, BYTE(7), at(builder, b, from_b, INT(TILE_BYTES)), b_step)
-                for tile in range(4):
-                    call(builder, "x86.tdpbf16ps", void, BYTE(tile), BYTE(4 + tile // 2), BYTE(6 + tile % 2))
-                return []
+    def block(i, j):  # type: ignore[no-untyped-def]
+        from_a, from_b = at(builder, a, builder.mul(i, a_step)), at(builder, b, builder.mul(j, INT(4)))
+        to = at(builder, c, builder.mul(i, c_step), builder.mul(j, INT(4)))
+        below = builder.gep(to, [lower_c])
+        corners = [builder.gep(place, [INT(right)]) for place in (to, below) for right in (0, TILE_BYTES)]
+        with builder.if_else(adds) as (then, otherwise):
+            with then:
+                for number, corner in enumerate(corners):
+                    tile("load", number, corner, c_step)
+            with otherwise:
+                for number in range(4):
+                    call(builder, "x86.tilezero", ir.VoidType(), BYTE(number))
 
-            loop(builder, INT(0), k, STEP, [], inward)
-            for tile, corner in enumerate(corners):
-                call(builder, "x86.tilestored64", void, BYTE(tile), corner, c_step)
+        def inward(p, _):  # type: ignore[no-untyped-def]
+            left = builder.gep(from_a, [builder.mul(p, INT(2))])
+            right = builder.gep(from_b, [builder.mul(builder.sdiv(p, INT(2)), b_step)])
+            tile("load", 4, left, a_step)
+            tile("load", 6, right, b_step)
+            tile("load", 5, builder.gep(left, [lower_a]), a_step)
+            tile("load", 7, builder.gep(right, [INT(TILE_BYTES)]), b_step)
+            for number in range(4):
+                numbers = (BYTE(value) for value in (number, 4 + number // 2, 6 + number % 2))
+                call(builder, "x86.tdpbf16ps", ir.VoidType(), *numbers)
             return []
 
-        loop(builder, INT(0), n, STEP, [], across)
-        return []
+        loop(builder, INT(0), k, STEP, [], inward)
+        for number, corner in enumerate(corners):
+            tile("store", number, corner, c_step)
 
-    loop(builder, INT(0), m, STEP, [], block)
+    _for_each_block(builder, m, n, STEP, block)
 
 
 def _by_pairs(builder, a, a_step, b, b_step, c, c_step, m, n, k, adds):  # type: ignore[no-untyped-def]
     """Blocks of eight rows by two vectors of sums."""
 
-    def block(i, _):  # type: ignore[no-untyped-def]
-        def across(j, _):  # type: ignore[no-untyped-def]
-            sums = []
-            places = []
+    def block(i, j):  # type: ignore[no-untyped-def]
+        from_a, from_b = at(builder, a, builder.mul(i, a_step)), at(builder, b, builder.mul(j, INT(4)))
+        to = at(builder, c, builder.mul(i, c_step), builder.mul(j, INT(4)))
+        rows = [
+            builder.bitcast(builder.gep(to, [builder.mul(c_step, INT(i))]), FLOAT.as_pointer()) for i in range(TALL)
+        ]
+        places = [builder.gep(row, [INT(part)]) for row in rows for part in (0, LANES)]
+        sums = [builder.select(adds, load(builder, place), same(FLOATS, 0.0)) for place in places]
+
+        def inward(p, sums):  # type: ignore[no-untyped-def]
+            right = builder.gep(from_b, [builder.mul(builder.sdiv(p, INT(2)), b_step)])
+            right = builder.bitcast(right, WORD.as_pointer())
+            columns = [builder.bitcast(load(builder, builder.gep(right, [INT(part)])), PAIRS) for part in (0, LANES)]
+            results = []
             for row in range(TALL):
-                for right in range(2):
-                    start = builder.mul(builder.add(i, INT(row)), c_step)
-                    further = builder.mul(builder.add(j, INT(right * LANES)), INT(4))
-                    place = builder.bitcast(at(builder, c, start, further), FLOAT.as_pointer())
-                    places.append(place)
-                    before = builder.select(
-                        builder.icmp_signed("!=", adds, INT(0)), load(builder, place), same(FLOATS, 0.0)
-                    )
-                    sums.append(before)
+                left = builder.gep(from_a, [builder.add(builder.mul(a_step, INT(row)), builder.mul(p, INT(2)))])
+                pair = builder.load(builder.bitcast(left, WORD.as_pointer()))
+                inputs = builder.bitcast(spread(builder, pair), PAIRS)
+                for column, total in zip(columns, sums[2 * row : 2 * row + 2], strict=True):
+                    results.append(call(builder, "x86.avx512bf16.dpbf16ps.512", FLOATS, total, inputs, column))
+            return results
 
-            def inward(p, sums):  # type: ignore[no-untyped-def]
-                from_b = builder.add(builder.mul(builder.sdiv(p, INT(2)), b_step), builder.mul(j, INT(4)))
-                right = [
-                    builder.bitcast(
-                        load(builder, builder.bitcast(at(builder, b, from_b, INT(64 * v)), WORD.as_pointer())), PAIRS
-                    )
-                    for v in range(2)
-                ]
-                results = []
-                for row in range(TALL):
-                    from_a = builder.add(builder.mul(builder.add(i, INT(row)), a_step), builder.mul(p, INT(2)))
-                    word = builder.bitcast(at(builder, a, from_a), WORD.as_pointer())
-                    left = builder.bitcast(spread(builder, builder.load(word)), PAIRS)
-                    for v in range(2):
-                        results.append(
-                            call(builder, "x86.avx512bf16.dpbf16ps.512", FLOATS, sums[2 * row + v], left, right[v])
-                        )
-                return results
+        for total, place in zip(loop(builder, INT(0), k, 2, sums, inward), places, strict=True):
+            store(builder, total, place)
 
-            for total, place in zip(loop(builder, INT(0), k, 2, sums, inward), places, strict=True):
-                store(builder, total, place)
+    _for_each_block(builder, m, n, TALL, block)
+
+
+def _for_each_block(builder, m, n, rows, block):  # type: ignore[no-untyped-def]
+    """block(row, column) for every so many rows and every STEP columns."""
+
+    def down(i, _):  # type: ignore[no-untyped-def]
+        def across(j, _):  # type: ignore[no-untyped-def]
+            block(i, j)
             return []
 
-        loop(builder, INT(0), n, 2 * LANES, [], across)
+        loop(builder, INT(0), n, STEP, [], across)
         return []
 
-    loop(builder, INT(0), m, TALL, [], block)
+    loop(builder, INT(0), m, rows, [], down)
 
 
 def _product(form: Any) -> Any:
@@ -124,7 +120,8 @@ def _product(form: Any) -> Any:
         """c (m, n) = a (m, k) times b (k / 2, n, 2), or c more by it if `adds`; addresses, bytes from row to row."""
 
         def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-            form(builder, *arguments)
+            *rest, adds = arguments
+            form(builder, *rest, builder.icmp_signed("!=", adds, INT(0)))
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 10), generate
