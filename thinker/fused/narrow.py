@@ -8,7 +8,7 @@ from numba.core import cgutils
 from ..compiled.vectors import FLOATS, LANES, SHORT, WORDS, fma, same
 
 MAGIC = 1.5 * 2**23  # a number that is added to it is rounded to a whole one, which the last bits then hold
-# 2^x for |x| <= 1/2 within 4e-6, much less than a step of bfloat16: x, x², … fitted with Chebyshev polynomials.
+# Of 2^x its series' factors, of x, x², …: for |x| <= 1/2 within 4e-6, much less than a step of bfloat16.
 POWERS = (0.6931472, 0.2402265, 0.05550411, 0.009618129, 0.0013333558)
 
 
