@@ -19,7 +19,7 @@ from . import kernels
 
 NAMESPACE = "thinker"  # of operations, for torch
 BLOCK = 32  # queries that attend together; lengths are padded to a multiple of it, widths must be one
-PIECE = 128  # keys, and queries, whose scores are made together on the way back
+PIECE = 64  # keys, and queries, whose scores are made together on the way back
 LINE = 64  # bytes
 
 VIEW = np.dtype([(name, np.int64) for name in ("data", "batch", "head", "token")])  # address, strides in elements
