@@ -15,10 +15,12 @@ from torch import Tensor
 
 from thinker import attention
 from thinker.attention import attend, plain, rotate, seen_from
+from thinker.compiled.processor import TILES
 from thinker.fused import attention as fused
 from thinker.fused import kernels
 
-pytestmark = pytest.mark.skipif(kernels.form() == "none", reason="this processor doesn't multiply bfloat16")
+# Where there should be kernels and are none, these tests fail.
+pytestmark = pytest.mark.skipif(not kernels.multiplies(), reason="this processor doesn't multiply bfloat16")
 
 EPS = torch.finfo(torch.bfloat16).eps
 # heads, groups, tokens, width: whole blocks and one more or less, several pieces of keys, groups shared by heads
@@ -136,8 +138,31 @@ def test_neighbours_and_threads_change_no_bit() -> None:
         torch.set_num_threads(before)
 
 
-def test_nothing_is_read_or_written_beyond_a_row() -> None:
-    """Bug: rows are padded in place, by what lies behind them, or results are written there."""
+FEWER_THREADS = """
+import sys
+import torch
+sys.path.insert(0, sys.argv[1])
+from test_fused import draw, outcome
+from thinker.fused import attention
+torch.set_num_threads(5)
+tensors = draw(4, 2, 77, 64, batch=3)
+wide = outcome(attention.attend, *tensors)
+torch.set_num_threads(1)
+print(all(map(torch.equal, outcome(attention.attend, *tensors), wide)))
+"""
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_fewer_threads_than_asked_for_do_all_the_work(limit: int) -> None:
+    """Bug: where OpenMP is kept from bringing as many threads as torch counts, their parts are never done."""
+    command = [sys.executable, "-c", FEWER_THREADS, str(Path(__file__).parent)]
+    limits = {"OMP_THREAD_LIMIT": str(limit), "OMP_NUM_THREADS": "5"}
+    result = subprocess.run(command, env=os.environ | limits, capture_output=True, text=True, timeout=300)
+    assert result.stdout == "True\n", result.stderr
+
+
+def test_nothing_is_read_beyond_a_row() -> None:
+    """Bug: rows are padded in place, by what lies behind them."""
     q, k, v, upstream = draw(2, 2, 45, 64)
     want = outcome(fused.attend, q, k, v, upstream)
 
@@ -226,7 +251,7 @@ print(json.dumps([kernels.form(), max(errors)]))
 """
 
 
-@pytest.mark.skipif(kernels.form() != "tiles", reason="there is one way only to multiply bfloat16 here")
+@pytest.mark.skipif(not TILES, reason="there is one way only to multiply bfloat16 here")
 def test_processors_without_tiles_come_to_the_same(tmp_path: Path) -> None:
     """Bug: what is made for tiles is wrong in pairs, which most processors have and this one needn't use."""
     command = [sys.executable, "-c", PAIRS_ALONE, str(Path(__file__).parent)]
@@ -260,8 +285,9 @@ def test_products(name: str) -> None:
 
     from thinker.fused import moves, tiles
 
-    if name == "by_tiles" and kernels.form() != "tiles":
+    if name == "by_tiles" and not TILES:
         pytest.skip("this processor has no tiles")
+    assert kernels.form() != "none", "the system has been asked for tiles"
     form = getattr(tiles, name)
 
     @njit

@@ -22,7 +22,7 @@ Loop = Callable[[ir.Value, list[ir.Value]], list[ir.Value]]
 
 
 def loop(
-    builder: ir.IRBuilder, start: ir.Value, stop: ir.Value, step: int, sums: Sequence[ir.Value], body: Loop
+    builder: ir.IRBuilder, start: ir.Value, stop: ir.Value, step: int | ir.Value, sums: Sequence[ir.Value], body: Loop
 ) -> list:
     """for i in range(start, stop, step): sums = body(i, sums); with sums held in registers."""
     before = builder.block
@@ -38,7 +38,7 @@ def loop(
     builder.cbranch(builder.icmp_signed("<", i, stop), inside, after)
     builder.position_at_end(inside)
     results = body(i, carried)
-    i.add_incoming(builder.add(i, INT(step)), builder.block)
+    i.add_incoming(builder.add(i, INT(step) if isinstance(step, int) else step), builder.block)
     for phi, value in zip(carried, results, strict=True):
         phi.add_incoming(value, builder.block)
     builder.branch(head)

@@ -25,7 +25,7 @@ LINE = 64  # bytes
 VIEW = np.dtype([(name, np.int64) for name in ("data", "batch", "head", "token")])  # address, strides in elements
 VIEWS = ("q", "k", "v", "y", "y_grad", "q_grad", "k_grad", "v_grad")
 _COUNTS = (
-    "threads items length padded heads groups width starts turns cos sin step_angles tops totals scratch step_scratch"
+    "parts items length padded heads groups width starts turns cos sin step_angles tops totals scratch step_scratch"
 )
 # Places in a thread's own memory, in bytes; what is `turned` or `paired` is explained in `moves.py`.
 _PLACES = """rows keys values flat scores grads weights errors paired inner sums q_rows q_sums k_sums v_sums
@@ -101,7 +101,7 @@ def _backward(
     totals: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v."""
-    results = _like(q), _like(k), _like(v)
+    results = _empty_gradients(y_grad, q, k, v)
     views = {"q": q, "k": k, "v": v, "y": y, "y_grad": y_grad}
     grads = dict(zip(("q_grad", "k_grad", "v_grad"), results, strict=True))
     _perform(kernels.attend_backward, views | grads, starts, cos, sin, tops, totals)
@@ -154,12 +154,12 @@ def _perform(
         firsts[:, :T] = starts
     angles = [torch.empty(0) if part is None else part.contiguous() for part in (cos, sin)]
     places, size = _places(padded, width)
-    threads = min(torch.get_num_threads(), B * G)
-    scratch = torch.empty(threads * size + LINE, dtype=torch.uint8)
+    parts = min(torch.get_num_threads(), B * G)
+    scratch = torch.empty(parts * size + LINE, dtype=torch.uint8)
     record = np.zeros(1, TASK)
     task = record[0]
     numbers = {
-        "threads": threads,
+        "parts": parts,
         "items": B * G,
         "length": T,
         "padded": padded,
@@ -183,7 +183,7 @@ def _perform(
     whole = {name: x if x.stride(-1) == 1 else x.contiguous() for name, x in views.items()}
     for name, x in whole.items():
         task[name] = x.data_ptr(), *x.stride()[:3]
-    kernels.fork(*kernels.threads(), kernel.prepare(), record.ctypes.data, threads)
+    kernels.fork(*kernels.threads(), kernel.prepare(), record.ctypes.data, parts)
 
 
 @cache

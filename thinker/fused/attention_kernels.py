@@ -26,22 +26,23 @@ from .tiles import leave_tiles, multiply, take_tiles
 tasks = view_of(from_dtype(TASK))
 
 
-def forward(address, me):  # type: ignore[no-untyped-def]
-    """One thread's part of a task."""
-    t = tasks(address, 0, 1)[0]
-    take_tiles()
-    for item in range(t.items * me // t.threads, t.items * (me + 1) // t.threads):
-        attend(t, t.scratch + me * t.step_scratch, item // t.groups, item % t.groups)
-    leave_tiles()
-    return 0
+def forward(address, part):  # type: ignore[no-untyped-def]
+    """A part of a task, of as many as there are threads."""
+    return do_part(address, part, attend)
 
 
-def backward(address, me):  # type: ignore[no-untyped-def]
-    """One thread's part of a task."""
+def backward(address, part):  # type: ignore[no-untyped-def]
+    """A part of a task, of as many as there are threads."""
+    return do_part(address, part, differentiate)
+
+
+@njit(error_model="numpy")
+def do_part(address, part, work):  # type: ignore[no-untyped-def]
+    """work(task, own memory, row of the batch, group) for each group of a part."""
     t = tasks(address, 0, 1)[0]
     take_tiles()
-    for item in range(t.items * me // t.threads, t.items * (me + 1) // t.threads):
-        differentiate(t, t.scratch + me * t.step_scratch, item // t.groups, item % t.groups)
+    for item in range(t.items * part // t.parts, t.items * (part + 1) // t.parts):
+        work(t, t.scratch + part * t.step_scratch, item // t.groups, item % t.groups)
     leave_tiles()
     return 0
 

@@ -15,7 +15,7 @@ from ..compiled.processor import PAIRS_OF_BFLOAT16, TILES
 SOURCES = list(Path(__file__).parent.glob("*.py"))
 attend_forward = Kernel("thinker.fused.attention_kernels", "forward", 2, SOURCES)
 attend_backward = Kernel("thinker.fused.attention_kernels", "backward", 2, SOURCES)
-fork = Kernel("thinker.fused.threads", "fork", 5, SOURCES)
+fork = Kernel("thinker.fused.threads", "fork", 6, SOURCES)
 KERNELS = attend_forward, attend_backward, fork
 
 ARCH_PRCTL, ASK_FOR_STATE, TILE_DATA = 158, 0x1023, 18  # of Linux on x86-64
@@ -57,14 +57,11 @@ def are_kept() -> bool:
 
 
 @cache
-def threads() -> tuple[int, int]:
-    """The addresses of two functions of torch's OpenMP: to have threads work, and to ask which one is asking.
+def threads() -> tuple[int, ...]:
+    """The addresses of three functions of torch's OpenMP: to have threads work, which one is asking, and of how many.
 
-    Raises `AttributeError` where torch has another library.
+    Raises `AttributeError` where torch has another library, or has not been imported.
     """
     library = ctypes.CDLL(None)
-    calls = library.GOMP_parallel, library.omp_get_thread_num
-    parallel, number = (ctypes.cast(call, ctypes.c_void_p).value for call in calls)
-    assert parallel is not None
-    assert number is not None
-    return parallel, number
+    calls = library.GOMP_parallel, library.omp_get_thread_num, library.omp_get_num_threads
+    return tuple(ctypes.cast(call, ctypes.c_void_p).value or 0 for call in calls)
