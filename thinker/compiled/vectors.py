@@ -13,12 +13,19 @@ from numba.core import cgutils
 from .processor import CONVERTS
 
 LANES = 16  # float32 in one vector
+MAGIC = 1.5 * 2**23  # a number that is added to it is rounded to a whole one, which the last bits then hold
 
 INT, SHORT, BYTE, FLOAT = ir.IntType(64), ir.IntType(16), ir.IntType(8), ir.FloatType()
 FLOATS = ir.VectorType(FLOAT, LANES)
 WORD = ir.IntType(32)
 WORDS, HALVES = ir.VectorType(WORD, LANES), ir.VectorType(ir.HalfType(), LANES)
 Loop = Callable[[ir.Value, list[ir.Value]], list[ir.Value]]
+
+
+def llvm(builder: ir.IRBuilder, name: str, result: ir.Type, *arguments: ir.Value) -> ir.Value:
+    """Call one of LLVM's own functions, by its name behind `llvm.`."""
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}"), arguments)
 
 
 def loop(
@@ -73,10 +80,7 @@ def same(kind: ir.Type, value: float | int) -> ir.Constant:
 
 def fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
     """a * b + c, rounded once."""
-    name = f"llvm.fma.v{LANES}f32"
-    return builder.call(
-        cgutils.get_or_insert_function(builder.module, ir.FunctionType(FLOATS, [FLOATS] * 3), name), [a, b, c]
-    )
+    return llvm(builder, f"fma.v{LANES}f32", FLOATS, a, b, c)
 
 
 def from_half(builder: ir.IRBuilder, half: ir.Value) -> ir.Value:
@@ -97,6 +101,4 @@ def fetch(builder: ir.IRBuilder, pointer: ir.Value, ahead: int, near: int = 3) -
     near: into all caches with 3, all but the first with 2.
     """
     switches = [WORD(value) for value in (0, near, 1)]  # to be read, where to, data
-    kinds = [BYTE.as_pointer(), *(switch.type for switch in switches)]
-    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), kinds), "llvm.prefetch.p0")
-    builder.call(function, [builder.gep(pointer, [INT(ahead)]), *switches])
+    llvm(builder, "prefetch.p0", ir.VoidType(), builder.gep(pointer, [INT(ahead)]), *switches)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from llvmlite import ir
-from numba.core import cgutils
 
-from ..compiled.vectors import FLOATS, LANES, SHORT, WORDS, fma, same
+from ..compiled.vectors import FLOATS, LANES, MAGIC, SHORT, WORDS, fma, llvm, same
 
-MAGIC = 1.5 * 2**23  # a number that is added to it is rounded to a whole one, which the last bits then hold
 # Of 2^x its series' factors, of x, x², …: for |x| <= 1/2 within 4e-6, much less than a step of bfloat16.
 POWERS = (0.6931472, 0.2402265, 0.05550411, 0.009618129, 0.0013333558)
 
@@ -29,15 +27,9 @@ NARROW, PAIRS = ir.VectorType(_BFloat(), LANES), ir.VectorType(_BFloat(), 2 * LA
 SHORTS = ir.VectorType(SHORT, LANES)
 
 
-def call(builder: ir.IRBuilder, name: str, result: ir.Type, *arguments: ir.Value) -> ir.Value:
-    """Call one of LLVM's own functions."""
-    kind = ir.FunctionType(result, [argument.type for argument in arguments])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}"), arguments)
-
-
 def rounded(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """float32 to the nearest bfloat16, of two the even one."""
-    return builder.bitcast(call(builder, "x86.avx512bf16.cvtneps2bf16.512", NARROW, x), SHORTS)
+    return builder.bitcast(llvm(builder, "x86.avx512bf16.cvtneps2bf16.512", NARROW, x), SHORTS)
 
 
 def widened(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:

@@ -17,8 +17,8 @@ from numba.extending import intrinsic
 
 from ..compiled.memory import pointer
 from ..compiled.processor import TILES
-from ..compiled.vectors import BYTE, FLOAT, FLOATS, INT, LANES, WORD, load, loop, same, spread, store
-from .narrow import PAIRS, call
+from ..compiled.vectors import BYTE, FLOAT, FLOATS, INT, LANES, WORD, llvm, load, loop, same, spread, store
+from .narrow import PAIRS
 
 STEP = 32  # m, n and k are multiples of it
 TILE_ROWS, TILE_BYTES = 16, 64
@@ -35,7 +35,7 @@ def _by_tiles(builder, a, a_step, b, b_step, c, c_step, m, n, k, adds):  # type:
     lower_a, lower_c = builder.mul(a_step, INT(TILE_ROWS)), builder.mul(c_step, INT(TILE_ROWS))
 
     def tile(what, number, address, step):  # type: ignore[no-untyped-def]
-        call(builder, f"x86.tile{what}d64", ir.VoidType(), BYTE(number), address, step)
+        llvm(builder, f"x86.tile{what}d64", ir.VoidType(), BYTE(number), address, step)
 
     def block(i, j):  # type: ignore[no-untyped-def]
         from_a, from_b = at(builder, a, builder.mul(i, a_step)), at(builder, b, builder.mul(j, INT(4)))
@@ -48,7 +48,7 @@ def _by_tiles(builder, a, a_step, b, b_step, c, c_step, m, n, k, adds):  # type:
                     tile("load", number, corner, c_step)
             with otherwise:
                 for number in range(4):
-                    call(builder, "x86.tilezero", ir.VoidType(), BYTE(number))
+                    llvm(builder, "x86.tilezero", ir.VoidType(), BYTE(number))
 
         def inward(p, _):  # type: ignore[no-untyped-def]
             left = builder.gep(from_a, [builder.mul(p, INT(2))])
@@ -59,7 +59,7 @@ def _by_tiles(builder, a, a_step, b, b_step, c, c_step, m, n, k, adds):  # type:
             tile("load", 7, builder.gep(right, [INT(TILE_BYTES)]), b_step)
             for number in range(4):
                 numbers = (BYTE(value) for value in (number, 4 + number // 2, 6 + number % 2))
-                call(builder, "x86.tdpbf16ps", ir.VoidType(), *numbers)
+                llvm(builder, "x86.tdpbf16ps", ir.VoidType(), *numbers)
             return []
 
         loop(builder, INT(0), k, STEP, [], inward)
@@ -91,7 +91,7 @@ def _by_pairs(builder, a, a_step, b, b_step, c, c_step, m, n, k, adds):  # type:
                 pair = builder.load(builder.bitcast(left, WORD.as_pointer()))
                 inputs = builder.bitcast(spread(builder, pair), PAIRS)
                 for column, total in zip(columns, sums[2 * row : 2 * row + 2], strict=True):
-                    results.append(call(builder, "x86.avx512bf16.dpbf16ps.512", FLOATS, total, inputs, column))
+                    results.append(llvm(builder, "x86.avx512bf16.dpbf16ps.512", FLOATS, total, inputs, column))
             return results
 
         for total, place in zip(loop(builder, INT(0), k, 2, sums, inward), places, strict=True):
@@ -144,7 +144,7 @@ def take_tiles(typing):  # type: ignore[no-untyped-def]
             for tile in range(8):
                 shape[16 + 2 * tile], shape[48 + tile] = TILE_BYTES, TILE_ROWS
             told = cgutils.global_constant(builder, "tiles", ir.Constant(ir.ArrayType(BYTE, 64), shape))
-            call(builder, "x86.ldtilecfg", ir.VoidType(), builder.bitcast(told, BYTE.as_pointer()))
+            llvm(builder, "x86.ldtilecfg", ir.VoidType(), builder.bitcast(told, BYTE.as_pointer()))
         return context.get_dummy_value()
 
     return types.void(), generate
@@ -156,7 +156,7 @@ def leave_tiles(typing):  # type: ignore[no-untyped-def]
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         if TILES:
-            call(builder, "x86.tilerelease", ir.VoidType())
+            llvm(builder, "x86.tilerelease", ir.VoidType())
         return context.get_dummy_value()
 
     return types.void(), generate

@@ -34,6 +34,7 @@ from ...compiled.vectors import (
     fetch,
     fma,
     from_half,
+    llvm,
     load,
     loop,
     same,
@@ -51,9 +52,7 @@ BESIDE, ABREAST = (PANEL, 4) if WIDE else (PANEL // 2, 2)
 
 def _add_fours(builder: ir.IRBuilder, total: ir.Value, weights: ir.Value, values: ir.Value) -> ir.Value:
     """total + the sum of four products in each lane, of bytes without a sign and bytes with one; exact."""
-    kind = ir.FunctionType(WORDS, [WORDS] * 3)
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpdpbusd.512")
-    return builder.call(function, [total, builder.bitcast(weights, WORDS), values])
+    return llvm(builder, "x86.avx512.vpdpbusd.512", WORDS, total, builder.bitcast(weights, WORDS), values)
 
 
 def _add_pairs(builder: ir.IRBuilder, total: ir.Value, weights: ir.Value, values: ir.Value) -> ir.Value:
@@ -61,13 +60,11 @@ def _add_pairs(builder: ir.IRBuilder, total: ir.Value, weights: ir.Value, values
     shorts, words = (ir.VectorType(kind, 2 * LANES) for kind in (SHORT, WORD))
     weights, values = builder.zext(weights, shorts), builder.bitcast(values, shorts)
     if PAIRS:
-        half = ir.VectorType(SHORT, LANES)
-        kind = ir.FunctionType(ir.VectorType(WORD, LANES // 2), [half, half])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx2.pmadd.wd")
-        sums = []
+        half, sums = ir.VectorType(WORD, LANES // 2), []
         for start in (0, LANES):
             places = ir.Constant(WORDS, list(range(start, start + LANES)))
-            sums.append(builder.call(function, [builder.shuffle_vector(v, v, places) for v in (weights, values)]))
+            parts = (builder.shuffle_vector(v, v, places) for v in (weights, values))
+            sums.append(llvm(builder, "x86.avx2.pmadd.wd", half, *parts))
         both = builder.shuffle_vector(*sums, ir.Constant(WORDS, list(range(LANES))))
         return builder.add(total, both)
     products = builder.mul(builder.sext(weights, words), builder.sext(values, words))

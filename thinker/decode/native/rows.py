@@ -8,17 +8,30 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ...compiled.memory import pointer
 from ...compiled.processor import DOTS
-from ...compiled.vectors import BYTE, FLOAT, FLOATS, INT, LANES, SHORT, WORD, WORDS, load, loop, same, spread
+from ...compiled.vectors import (
+    BYTE,
+    FLOAT,
+    FLOATS,
+    INT,
+    LANES,
+    MAGIC,
+    SHORT,
+    WORD,
+    WORDS,
+    llvm,
+    load,
+    loop,
+    same,
+    spread,
+)
 from .layout import BLOCK
 
 LARGEST = 127 * 256  # of a block's integers: its higher byte still fits
 SMALLEST = 1e-30  # of a block's numbers, unless they count as zeros
-MAGIC = 1.5 * 2**23  # a number that is added to it is rounded to a whole one, which the last bits then hold
 MAGIC_BITS = int(np.float32(MAGIC).view(np.int32))
 
 
@@ -67,9 +80,7 @@ largest = _fold(float("-inf"), _larger, _larger)
 
 def _reduced(builder: ir.IRBuilder, operation: str, vector: ir.Value) -> ir.Value:
     """A vector of integers joined to one, exactly, in whatever order."""
-    function = ir.FunctionType(WORD, [WORDS])
-    name = f"llvm.vector.reduce.{operation}.v{LANES}i32"
-    return builder.call(cgutils.get_or_insert_function(builder.module, function, name), [vector])
+    return llvm(builder, f"vector.reduce.{operation}.v{LANES}i32", WORD, vector)
 
 
 def _rounding(dots: bool = DOTS) -> Any:
