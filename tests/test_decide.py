@@ -41,16 +41,25 @@ def test_what_a_processor_emulates_is_not_probed(monkeypatch):
     assert decisions.reasons[0] == "float32: this processor emulates bfloat16, 6.9 times the time a product"
 
 
-def test_what_attention_is_computed_by_is_said(monkeypatch):
+def test_what_kernels_there_are_is_said(monkeypatch):
     """Bug: a run is slow because Numba is broken, and nobody learns of it."""
     monkeypatch.setattr(room, "probe", lambda module, batch, device, name: 1.0)
     monkeypatch.setattr(room.kernels, "multiplies", lambda: True)
     settings = TrainConfig(steps=10, precision="bfloat16")
     config = CONFIG.changed(d_model=64, n_heads=2)
-    for hindrance, said in ((None, "one kernel of Thinker's own"), ("OSError: no room", "(OSError: no room)")):
+    ours, compiled = "Thinker's own for attention (products by", settings.model_copy(update={"compile": "on"})
+    for hindrance, run, said in (
+        (None, settings, "tiles), norms, activations and loss"),
+        (None, compiled, "tiles), activations and loss"),
+        ("OSError: no room", settings, "torch's alone, for want of Thinker's own (OSError: no room)"),
+    ):
         monkeypatch.setattr(room.kernels, "hindrance", lambda why=hindrance: why)
-        decisions = decide(settings, NextTokenLoss(ThinkerLM(config)), one_row(), "cpu")
-        assert [reason for reason in decisions.reasons if reason.startswith("attention: ") and said in reason]
+        monkeypatch.setattr(room.kernels, "form", lambda why=hindrance: "none" if why else "tiles")
+        monkeypatch.setattr(room.kernels, "is_available", lambda why=hindrance: why is None)
+        decisions = decide(run, NextTokenLoss(ThinkerLM(config)), one_row(), "cpu")
+        (reason,) = (reason for reason in decisions.reasons if reason.startswith("kernels: "))
+        assert reason.endswith(said)
+        assert (ours in reason) == (hindrance is None)
 
 
 def test_probing_changes_no_parameter():

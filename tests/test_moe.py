@@ -11,8 +11,9 @@ from conftest import SMALL, randomise
 from torch import Tensor
 
 from thinker import moe
+from thinker.activations import ACTIVATIONS
 from thinker.config import ThinkerConfig
-from thinker.model import ACTIVATIONS, MLP
+from thinker.model import MLP
 from thinker.moe import SPACING, MoE, arrange, choose, grouped_product, looped_product
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .fused import cross_entropy as fused
 from .model import ThinkerLM
 
 IGNORE = -100  # a target that doesn't count, as everywhere in torch
@@ -119,6 +120,8 @@ def _loss_and_error(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
     In the order of a softmax, and nothing between in memory, so that a compiler makes one pass of it over each row.
     """
+    if fused.serves(logits):
+        return fused.losses(logits, targets, IGNORE).sum(), logits
     wide, counted = _widened(logits), (targets != IGNORE)[:, None]
     highest = wide.amax(dim=-1, keepdim=True)  # (rows, 1)
     powers = (wide - highest).exp()

@@ -10,21 +10,15 @@ logits go out. No loss, sampling, file access or choice of device in here; nor t
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .activations import ACTIVATIONS, gated
 from .attention import Rotation, attend, turn
 from .cache import Cache, FixedCache, KVCache
-from .config import Activation, ThinkerConfig
-from .moe import Activate, MoE
+from .config import ThinkerConfig
+from .fused import norm
+from .moe import MoE
 from .rope import rope_tables
-
-ACTIVATIONS: dict[Activation, Activate] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),  # arXiv 2109.08668
-}
 
 
 class RMSNorm(nn.Module):
@@ -37,6 +31,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, width) to (…, width)."""
+        if norm.serves(x, self.scale):
+            return norm.normed(x, self.scale, self.eps)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
         return (normed * self.scale).to(x.dtype)
@@ -131,7 +127,7 @@ class MLP(nn.Module):
         """(B, T, D) to (B, T, D)."""
         if self.gate_proj is None:
             return self.down_proj(self.activate(self.up_proj(x)))
-        return self.down_proj(self.activate(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self.activate, self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .activations import Activate, gated
 from .config import ThinkerConfig
 
-Activate = Callable[[Tensor], Tensor]
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 SPACING = 64  # rows
@@ -127,7 +127,7 @@ def _fetched(x: Tensor, at: Tensor) -> Tensor:
 def apply_experts(experts: Experts, rows: Tensor, counts: Tensor, activate: Activate, product: Product) -> Tensor:
     """Each expert's SwiGLU on its share of rows (R, D), which are sorted by expert: (R, D)."""
     gate, up, down = (w.to(rows.dtype) for w in (experts.gate_proj, experts.up_proj, experts.down_proj))
-    return product(activate(product(rows, gate, counts)) * product(rows, up, counts), down, counts)
+    return product(gated(activate, product(rows, gate, counts), product(rows, up, counts)), down, counts)
 
 
 def grouped_product(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ class Kernel:
 
     @cached_property
     def _file(self) -> Path:
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(self.module.encode())
         for source in [*sorted(HERE.glob("*.py")), *sorted(self.sources)]:
             digest.update(source.read_bytes())
         versions = [sys.version, *map(importlib.metadata.version, COMPILERS), binding.get_host_cpu_name()]

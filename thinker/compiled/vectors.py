@@ -20,6 +20,7 @@ FLOATS = ir.VectorType(FLOAT, LANES)
 WORD = ir.IntType(32)
 WORDS, HALVES = ir.VectorType(WORD, LANES), ir.VectorType(ir.HalfType(), LANES)
 Loop = Callable[[ir.Value, list[ir.Value]], list[ir.Value]]
+Join = Callable[[ir.Value, ir.Value], ir.Value]
 
 
 def llvm(builder: ir.IRBuilder, name: str, result: ir.Type, *arguments: ir.Value) -> ir.Value:
@@ -81,6 +82,21 @@ def same(kind: ir.Type, value: float | int) -> ir.Constant:
 def fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
     """a * b + c, rounded once."""
     return llvm(builder, f"fma.v{LANES}f32", FLOATS, a, b, c)
+
+
+def larger(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
+    """The larger of each two numbers."""
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+def folded(builder: ir.IRBuilder, vector: ir.Value, join: Join) -> ir.Value:
+    """A vector's lanes joined to one number, in halves."""
+    size = LANES
+    while size > 1:
+        size //= 2
+        turned = ir.Constant(WORDS, [(lane + size) % LANES for lane in range(LANES)])
+        vector = join(vector, builder.shuffle_vector(vector, vector, turned))
+    return builder.extract_element(vector, WORD(0))
 
 
 def from_half(builder: ir.IRBuilder, half: ir.Value) -> ir.Value:

@@ -16,22 +16,19 @@ from torch import Tensor
 
 from ..compiled.library import Kernel
 from . import kernels
+from .kernels import LINE, NAMESPACE
 
-NAMESPACE = "thinker"  # of operations, for torch
 BLOCK = 32  # queries that attend together; lengths are padded to a multiple of it, widths must be one
 PIECE = 64  # keys, and queries, whose scores are made together on the way back
-LINE = 64  # bytes
 
 VIEW = np.dtype([(name, np.int64) for name in ("data", "batch", "head", "token")])  # address, strides in elements
 VIEWS = ("q", "k", "v", "y", "y_grad", "q_grad", "k_grad", "v_grad")
-_COUNTS = (
-    "parts items length padded heads groups width starts turns cos sin step_angles tops totals scratch step_scratch"
-)
+_COUNTS = "items length padded heads groups width starts turns cos sin step_angles tops totals"
 # Places in a thread's own memory, in bytes; what is `turned` or `paired` is explained in `moves.py`.
 _PLACES = """rows keys values flat scores grads weights errors paired inner sums q_rows q_sums k_sums v_sums
     turned_q paired_q turned_y paired_y"""
 TASK = np.dtype(
-    [(name, np.int64) for name in (_COUNTS + " " + _PLACES).split()]
+    [(name, np.int64) for name in (*kernels.SHARED, *_COUNTS.split(), *_PLACES.split())]
     + [(name, VIEW) for name in VIEWS]
     + [("factor", np.float32), ("scale", np.float32)]
 )
@@ -44,13 +41,7 @@ def serves(q: Tensor) -> bool:
 
 def fits(width: int) -> bool:
     """Whether heads of this width can attend here, in bfloat16."""
-    return width % BLOCK == 0 and is_available()
-
-
-@torch.compiler.assume_constant_result
-def is_available() -> bool:
-    """Whether there are kernels for this processor; the first time they are compiled, in some seconds."""
-    return kernels.form() != "none"
+    return width % BLOCK == 0 and kernels.is_available()
 
 
 def attend(
@@ -146,7 +137,6 @@ def _perform(
     totals: Tensor,
 ) -> None:
     """Have a kernel done by all of torch's threads."""
-    assert is_available(), "whoever calls this asks `serves` before"
     B, H, T, width = views["q"].shape
     G, padded = views["k"].shape[1], _padded(T)
     firsts = torch.zeros(B, padded, dtype=torch.int32)
@@ -154,12 +144,7 @@ def _perform(
         firsts[:, :T] = starts
     angles = [torch.empty(0) if part is None else part.contiguous() for part in (cos, sin)]
     places, size = _places(padded, width)
-    parts = min(torch.get_num_threads(), B * G)
-    scratch = torch.empty(parts * size + LINE, dtype=torch.uint8)
-    record = np.zeros(1, TASK)
-    task = record[0]
     numbers = {
-        "parts": parts,
         "items": B * G,
         "length": T,
         "padded": padded,
@@ -173,17 +158,12 @@ def _perform(
         "step_angles": 0 if len(angles[0]) < B else angles[0].stride(0),
         "tops": tops.data_ptr(),
         "totals": totals.data_ptr(),
-        "scratch": -(-scratch.data_ptr() // LINE) * LINE,
-        "step_scratch": size,
         "scale": width**-0.5,
         "factor": width**-0.5 / math.log(2),
     }
-    for name, value in (numbers | places).items():
-        task[name] = value
     whole = {name: x if x.stride(-1) == 1 else x.contiguous() for name, x in views.items()}
-    for name, x in whole.items():
-        task[name] = x.data_ptr(), *x.stride()[:3]
-    kernels.fork(*kernels.threads(), kernel.prepare(), record.ctypes.data, parts)
+    fields = {name: (x.data_ptr(), *x.stride()[:3]) for name, x in whole.items()}
+    kernels.perform(kernel, TASK, numbers | places | fields, size, B * G)
 
 
 @cache

@@ -17,10 +17,12 @@ import numpy as np
 from numba import from_dtype, njit
 
 from ..compiled.memory import floats, shorts, view_of, words
+from ..compiled.shares import share
 from ..compiled.vectors import LANES
 from .attention import BLOCK, PIECE, TASK
-from .attention_rows import divided, narrowed, soften, turned, turned_back, weigh_again
+from .attention_rows import divided, soften, turned, turned_back, weigh_again
 from .moves import interleave, padded_rows, transpose
+from .narrow import narrowed
 from .tiles import leave_tiles, multiply, take_tiles
 
 tasks = view_of(from_dtype(TASK))
@@ -41,7 +43,8 @@ def do_part(address, part, work):  # type: ignore[no-untyped-def]
     """work(task, own memory, row of the batch, group) for each group of a part."""
     t = tasks(address, 0, 1)[0]
     take_tiles()
-    for item in range(t.items * part // t.parts, t.items * (part + 1) // t.parts):
+    first, end = share(part, t.parts, t.items)
+    for item in range(first, end):
         work(t, t.scratch + part * t.step_scratch, item // t.groups, item % t.groups)
     leave_tiles()
     return 0
@@ -112,8 +115,8 @@ def attend(t, own, row, group):  # type: ignore[no-untyped-def]
                 soften(from_scores, seen, end, columns, t.factor, to, t.tops + kept, t.totals + kept)
             multiply(weights, 2 * columns, values + 2 * begin * W, 4 * W, sums, 4 * W, BLOCK, W, columns, 0)
             for i in range(count):
-                share = np.float32(1) / floats(t.totals, at + first + i, 1)[0]
-                narrowed(sums + 4 * i * W, W, share, start(t.y, row, head) + 2 * (first + i) * t.y.token)
+                factor = np.float32(1) / floats(t.totals, at + first + i, 1)[0]
+                narrowed(sums + 4 * i * W, W, factor, start(t.y, row, head) + 2 * (first + i) * t.y.token)
 
 
 @njit(error_model="numpy")

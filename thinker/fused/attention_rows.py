@@ -12,27 +12,24 @@ from numba import types
 from numba.extending import intrinsic
 
 from ..compiled.memory import pointer
-from ..compiled.vectors import FLOAT, FLOATS, INT, LANES, SHORT, WORD, WORDS, fma, load, loop, same, spread, store
+from ..compiled.vectors import (
+    FLOAT,
+    FLOATS,
+    INT,
+    LANES,
+    SHORT,
+    WORD,
+    WORDS,
+    fma,
+    folded,
+    larger,
+    load,
+    loop,
+    same,
+    spread,
+    store,
+)
 from .narrow import power_of_two, rounded, widened
-
-
-@intrinsic
-def narrowed(typing, source, count, factor, target):  # type: ignore[no-untyped-def]
-    """A row of float32, times a number, in bfloat16."""
-
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        source, count, factor, target = arguments
-        factor = spread(builder, factor)
-
-        def some(c, _):  # type: ignore[no-untyped-def]
-            value = builder.fmul(load(builder, pointer(builder, source, FLOAT, c)), factor)
-            store(builder, rounded(builder, value), pointer(builder, target, SHORT, c))
-            return []
-
-        loop(builder, INT(0), count, LANES, [], some)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 2, types.float32, types.int64), generate
 
 
 def _turning(back: bool) -> Any:
@@ -117,14 +114,16 @@ def soften(typing, scores, first, end, columns, factor, weights, top, total):  #
                 builder.icmp_signed(">=", places, limits[0]), builder.icmp_signed("<", places, limits[1])
             )
 
-        def larger(a, b):  # type: ignore[no-untyped-def]
-            return builder.select(builder.fcmp_ordered(">", a, b), a, b)
-
         def look(c, tops):  # type: ignore[no-untyped-def]
-            return [builder.select(inside(c), larger(load(builder, builder.gep(source, [c])), tops[0]), tops[0])]
+            return [
+                builder.select(inside(c), larger(builder, load(builder, builder.gep(source, [c])), tops[0]), tops[0])
+            ]
 
         (tops,) = loop(builder, INT(0), columns, LANES, [same(FLOATS, float("-inf"))], look)
-        most, scale = builder.fmul(folded(builder, tops, larger), factor), spread(builder, factor)
+        most, scale = (
+            builder.fmul(folded(builder, tops, lambda a, b: larger(builder, a, b)), factor),
+            spread(builder, factor),
+        )
         below = builder.fneg(spread(builder, most))
 
         def weigh(c, sums):  # type: ignore[no-untyped-def]
@@ -182,13 +181,3 @@ def weigh_again(typing, scores, grads, columns, key, query, factor, starts, tops
 def numbered(builder: ir.IRBuilder, first: ir.Value) -> ir.Value:
     """The numbers of a vector's lanes, from `first` on."""
     return builder.add(spread(builder, builder.trunc(first, WORD)), ir.Constant(WORDS, list(range(LANES))))
-
-
-def folded(builder: ir.IRBuilder, vector: ir.Value, join) -> ir.Value:  # type: ignore[no-untyped-def]
-    """A vector's lanes joined to one number, in halves."""
-    size = LANES
-    while size > 1:
-        size //= 2
-        turned = ir.Constant(WORDS, [(lane + size) % LANES for lane in range(LANES)])
-        vector = join(vector, builder.shuffle_vector(vector, vector, turned))
-    return builder.extract_element(vector, WORD(0))

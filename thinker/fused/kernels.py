@@ -5,18 +5,43 @@ from __future__ import annotations
 import ctypes
 import platform
 import sys
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
+import torch
 
 from ..compiled.library import Kernel
 from ..compiled.processor import PAIRS_OF_BFLOAT16, TILES
 
+NAMESPACE = "thinker"  # of operations, for torch
+SHARED = "parts", "scratch", "step_scratch"  # how a task is cut, the first part's own memory, bytes to the next one's
 SOURCES = list(Path(__file__).parent.glob("*.py"))
-attend_forward = Kernel("thinker.fused.attention_kernels", "forward", 2, SOURCES)
-attend_backward = Kernel("thinker.fused.attention_kernels", "backward", 2, SOURCES)
-fork = Kernel("thinker.fused.threads", "fork", 6, SOURCES)
-KERNELS = attend_forward, attend_backward, fork
+
+
+def _kernel(module: str, name: str, arguments: int = 2) -> Kernel:
+    return Kernel(f"thinker.fused.{module}", name, arguments, SOURCES)
+
+
+attend_forward, attend_backward = (_kernel("attention_kernels", name) for name in ("forward", "backward"))
+gate_forward, gate_backward = (_kernel("gating_kernels", name) for name in ("forward", "backward"))
+norm_forward, norm_backward = (_kernel("norm_kernels", name) for name in ("forward", "backward"))
+take_softmax = _kernel("cross_entropy_kernels", "take_softmax")
+fork = _kernel("threads", "fork", 6)
+KERNELS = (
+    attend_forward,
+    attend_backward,
+    gate_forward,
+    gate_backward,
+    norm_forward,
+    norm_backward,
+    take_softmax,
+    fork,
+)
+
+LINE = 64  # bytes
 
 ARCH_PRCTL, ASK_FOR_STATE, TILE_DATA = 158, 0x1023, 18  # of Linux on x86-64
 
@@ -44,6 +69,30 @@ def hindrance() -> str | None:
         # Whatever goes wrong in here is Numba's, LLVM's, or a missing name's: the plain forms do the same, slower.
         return f"{type(error).__name__}: {error}"
     return None
+
+
+@torch.compiler.assume_constant_result
+def is_available() -> bool:
+    """Whether there are kernels for this processor; the first time they are compiled, in some seconds."""
+    return form() != "none"
+
+
+def perform(
+    kernel: Kernel, kind: np.dtype, fields: Mapping[str, Any], scratch: int = 0, most: int | None = None
+) -> None:
+    """Have all of torch's threads, at most so many, do a task: a record of that kind, which begins with `SHARED`.
+
+    Each has so many bytes of scratch memory.
+    """
+    assert is_available(), "whoever calls this asks before"
+    parts = min(torch.get_num_threads(), most or sys.maxsize)
+    step = -(-scratch // LINE) * LINE
+    memory = torch.empty(parts * step + LINE, dtype=torch.uint8)
+    task = np.zeros(1, kind)
+    shared = zip(SHARED, (parts, -(-memory.data_ptr() // LINE) * LINE, step), strict=True)
+    for name, value in {**dict(shared), **fields}.items():
+        task[0][name] = value
+    fork(*threads(), kernel.prepare(), task.ctypes.data, parts)
 
 
 def multiplies() -> bool:

@@ -111,11 +111,6 @@ def decide(
         else:
             reasons.append(f"float32: this processor emulates bfloat16, {bfloat16_cost():.1f} times the time a product")
 
-    if precision == "bfloat16" and device == "cpu" and kernels.multiplies():
-        if attention.fits(module.model.config.head_width):
-            reasons.append(f"attention: one kernel of Thinker's own, its products by {kernels.form()}")
-        elif kernels.hindrance() is not None:
-            reasons.append(f"attention: plain products, for want of Thinker's kernel ({kernels.hindrance()})")
     limit_steps, limit_seconds = run.limit
     ahead = limit_seconds if limit_seconds is not None else (limit_steps or 0) * seconds
     hindrance = None
@@ -134,7 +129,21 @@ def decide(
         compiled = run.compile == "on"
         if compiled and hindrance is not None:
             raise ValueError(f"compile is 'on', but {hindrance}: use --compile off")
+    if precision == "bfloat16" and device == "cpu" and kernels.multiplies():
+        reasons.append(own_kernels(module.model.config.head_width, compiled))
     return Decisions(device, precision, compiled, threads, seconds, tuple(reasons), versions())
+
+
+def own_kernels(head_width: int, compiled: bool) -> str:
+    """What is done by kernels of `fused/` on a processor for which there are some."""
+    if kernels.hindrance() is not None:
+        return f"kernels: torch's alone, for want of Thinker's own ({kernels.hindrance()})"
+    parts = ["activations", "loss"]
+    if not compiled:
+        parts.insert(0, "norms")
+    if attention.fits(head_width):
+        parts.insert(0, f"attention (products by {kernels.form()})")
+    return f"kernels: Thinker's own for {', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def worth_probing() -> tuple[Precision, ...]:

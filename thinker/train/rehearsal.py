@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from .. import attention
-from ..fused.attention import NAMESPACE
+from ..fused import kernels
 from .allocator import Heap
 from .decide import Precision, probe, worth_probing
 from .loop import take_step
@@ -51,6 +51,9 @@ FUSED = {
     aten.logsumexp.default,
     aten.sum.dim_IntList,
     aten.mean.dim,
+    # In its place the compiler has the plain form.
+    torch.ops.thinker.norm.default,
+    torch.ops.thinker.norm_backward.default,
 }
 
 PRODUCTS = {aten.mm.default, aten.bmm.default, aten._grouped_mm.default}
@@ -95,7 +98,7 @@ class Ledger(TorchDispatchMode):
             return {torch.bool: False}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 0)
         if func is aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1]):
             return args[0].new_empty(0)  # only checks do this: none was wrong
-        if func.namespace not in ("aten", NAMESPACE) or func.is_view or func is aten._unsafe_view.default:
+        if func.namespace not in ("aten", kernels.NAMESPACE) or func.is_view or func is aten._unsafe_view.default:
             return func(*args, **(kwargs or {}))
         self._count_product(func, args)
         in_loops = self.compiled and self.kind in (ACTIVATIONS, LOGITS)
@@ -194,7 +197,7 @@ def rehearse(make: Callable[[], Run], steps: int = STEPS, accelerator: bool = Fa
     an accelerator attention is one kernel, and the heap another's.
     """
     heap, precisions = Heap(known=not accelerator), worth_probing()  # which takes true tensors
-    with heap.in_small_pages(), _one_kernel(accelerator), FakeTensorMode(allow_non_fake_inputs=True):
+    with heap.in_small_pages(), _forms_of(accelerator), FakeTensorMode(allow_non_fake_inputs=True):
         ledger = Ledger(heap)
         with ledger:
             run = make()
@@ -215,15 +218,15 @@ def rehearse(make: Callable[[], Run], steps: int = STEPS, accelerator: bool = Fa
 
 
 @contextmanager
-def _one_kernel(always: bool) -> Iterator[None]:
-    """Inside the block attention is torch's own kernel, which has rivals on processors alone."""
-    before = attention.trains_on_processor
-    if always:
-        attention.trains_on_processor = lambda q: False
+def _forms_of(accelerator: bool) -> Iterator[None]:
+    """Inside the block, for an accelerator, nothing is chosen that is there for processors alone."""
+    before = attention.trains_on_processor, kernels.is_available
+    if accelerator:
+        attention.trains_on_processor, kernels.is_available = (lambda q: False), (lambda: False)
     try:
         yield
     finally:
-        attention.trains_on_processor = before
+        attention.trains_on_processor, kernels.is_available = before
 
 
 def _name_parts(run: Run, ledger: Ledger) -> None:

@@ -12,10 +12,10 @@ import numpy as np
 from numba import njit
 
 from ...compiled.memory import floats, integers
+from ...compiled.shares import share
 from .attention import multiply, multiply_others, norm_rows, taken
 from .elementwise import activate, softmax
 from .layout import CHUNK, FLOAT32, PANEL
-from .shares import share
 
 
 @njit(error_model="numpy")

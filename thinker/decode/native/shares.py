@@ -1,14 +1,10 @@
-"""Who does what: how the work of a phase is shared out among threads."""
+"""Who does what in attention: how its heads are shared out among threads."""
 
 from __future__ import annotations
 
 from numba import njit
 
-
-@njit(error_model="numpy", inline="always")
-def share(me, threads, count):  # type: ignore[no-untyped-def]
-    """What falls to thread `me` of 0 to count - 1."""
-    return count * me // threads, count * (me + 1) // threads
+from ...compiled.shares import share
 
 
 @njit(error_model="numpy", inline="always")

@@ -11,12 +11,12 @@ from __future__ import annotations
 from numba import from_dtype, njit
 
 from ...compiled.memory import apart, doubles, floats, integers, marks, unsigned, view_of, words
+from ...compiled.shares import share
 from ...sampling_kernels import draw_one
 from .ahead import ask_for_vector
 from .atomics import barrier
 from .forward import embed, forward
 from .layout import JOB, SHAPE
-from .shares import share
 
 shapes, jobs = view_of(from_dtype(SHAPE)), view_of(from_dtype(JOB))
 

@@ -1,0 +1,69 @@
+"""SwiGLU's activation in bfloat16, silu(gate) * up, as one operation that torch can compile around."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..compiled.library import Kernel
+from ..compiled.vectors import LANES
+from . import kernels
+from .kernels import NAMESPACE
+
+_ADDRESSES = "gate", "up", "y", "y_grad", "gate_grad", "up_grad"
+TASK = np.dtype([(name, np.int64) for name in (*kernels.SHARED, "vectors", *_ADDRESSES)])
+
+
+def serves(gate: Tensor) -> bool:
+    """Whether this gate (…, F) is one of a training in bfloat16 on such a processor."""
+    return (
+        gate.requires_grad
+        and gate.dtype == torch.bfloat16
+        and gate.device.type == "cpu"
+        and gate.shape[-1] % LANES == 0
+        and kernels.is_available()
+    )
+
+
+@torch.library.custom_op(f"{NAMESPACE}::gate", mutates_args=())
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (…, F)."""
+    y = _empty_result(gate, up)
+    _perform(kernels.gate_forward, gate=gate, up=up, y=y)
+    return y
+
+
+@gated.register_fake
+def _empty_result(gate: Tensor, _up: Tensor) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::gate_backward", mutates_args=())
+def _backward(y_grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up."""
+    results = _empty_gradients(y_grad, gate, up)
+    _perform(kernels.gate_backward, y_grad=y_grad, gate=gate, up=up, gate_grad=results[0], up_grad=results[1])
+    return results
+
+
+@_backward.register_fake
+def _empty_gradients(_y_grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
+def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx, y_grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    return _backward(y_grad, *ctx.saved_tensors)
+
+
+gated.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _perform(kernel: Kernel, **tensors: Tensor) -> None:
+    whole = {name: x.contiguous() for name, x in tensors.items()}
+    addresses = {name: x.data_ptr() for name, x in whole.items()}
+    kernels.perform(kernel, TASK, {"vectors": whole["gate"].numel() // LANES, **addresses})

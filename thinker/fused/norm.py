@@ -1,0 +1,100 @@
+"""RMSNorm as one operation, for training that isn't compiled: a compiler makes one pass of it and what surrounds it."""
+
+# N rows, W width
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..compiled.library import Kernel
+from ..compiled.vectors import LANES
+from . import kernels
+from .kernels import NAMESPACE
+
+ROWS = 64  # whose shares of the scale's gradient are added up together, whatever the number of threads
+
+VIEW = np.dtype([(name, np.int64) for name in ("data", "outer", "middle", "inner")])  # address, strides in elements
+VIEWS = ("x", "y", "y_grad", "x_grad")
+_COUNTS = "rows middle inner width narrow scale sums"
+TASK = np.dtype(
+    [(name, np.int64) for name in (*kernels.SHARED, *_COUNTS.split())]
+    + [(name, VIEW) for name in VIEWS]
+    + [("eps", np.float32)]
+)
+
+
+def serves(x: Tensor, scale: Tensor) -> bool:
+    """Whether these rows (…, W), of four dimensions at most, are some of a training in bfloat16 on such a processor."""
+    return (
+        x.requires_grad
+        and not torch.compiler.is_compiling()
+        and (x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and torch.is_autocast_enabled("cpu")))
+        and scale.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.dim() <= 4
+        and x.shape[-1] % LANES == 0
+        and kernels.is_available()
+    )
+
+
+@torch.library.custom_op(f"{NAMESPACE}::norm", mutates_args=())
+def normed(x: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) * scale for each row, in float32 between."""
+    y = _empty_result(x, scale, eps)
+    _perform(kernels.norm_forward, {"x": x, "y": y}, scale, eps)
+    return y
+
+
+@normed.register_fake
+def _empty_result(x: Tensor, _scale: Tensor, _eps: float) -> Tensor:
+    return torch.empty_like(x) if x.stride(-1) == 1 else x.new_empty(x.shape)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::norm_backward", mutates_args=())
+def _backward(y_grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The gradients of x, and of the scale by each ROWS rows, (N / ROWS, W)."""
+    results = x_grad, sums = _empty_gradients(y_grad, x, scale, eps)
+    _perform(kernels.norm_backward, {"x": x, "y_grad": y_grad, "x_grad": x_grad}, scale, eps, sums.data_ptr())
+    return results
+
+
+@_backward.register_fake
+def _empty_gradients(_y_grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    W = x.shape[-1]
+    return _empty_result(x, scale, eps), scale.new_empty(-(-x.numel() // (W * ROWS)), W)
+
+
+def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx, y_grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
+    x_grad, sums = _backward(y_grad, *ctx.saved_tensors, ctx.eps)
+    return x_grad, sums.sum(dim=0), None
+
+
+normed.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _perform(kernel: Kernel, views: dict[str, Tensor], scale: Tensor, eps: float, sums: int = 0) -> None:
+    whole = {name: x if x.stride(-1) == 1 else x.contiguous() for name, x in views.items()}
+    deep = {name: x[(None,) * (4 - x.dim())] for name, x in whole.items()}
+    outer, middle, inner, W = deep["x"].shape
+    scale = scale.contiguous()
+    fields = {name: (x.data_ptr(), *x.stride()[:3]) for name, x in deep.items()}
+    numbers: dict[str, Any] = {
+        "rows": outer * middle * inner,
+        "middle": middle,
+        "inner": inner,
+        "width": W,
+        "narrow": deep["x"].dtype == torch.bfloat16,
+        "scale": scale.data_ptr(),
+        "sums": sums,
+        "eps": eps,
+    }
+    kernels.perform(kernel, TASK, numbers | fields)
