@@ -24,12 +24,12 @@ PACKAGE = Path(thinker.__file__).parent
 FLOORS = (
     {"places", "config", "rope", "compiled", "sampling", "sampling_kernels"}
     | {"tokenizer", "messages", "chat", "plots"},
-    {"model", "activations", "attention", "fused", "moe", "cache", "trace", "loss", "modality", "data"},
+    {"model", "activations", "attention", "fused", "linear", "moe", "cache", "trace", "loss", "modality", "data"},
     {"checkpoint", "formats"},
     {"decode", "stop_strings", "generate", "evaluate", "attachments", "answers", "llm"},
     {"train", "doctor", "certificate", "bench", "harness", "serve", "commands"},
 )
-NETWORK = {"model", "activations", "attention", "moe", "cache", "trace", "loss"}
+NETWORK = {"model", "activations", "attention", "linear", "moe", "cache", "trace", "loss"}
 
 # What `thinker generate` needs on a processor. Only the decoder that is made of torch may import it.
 WITHOUT_TORCH = (
@@ -157,6 +157,12 @@ def test_the_network_knows_no_text_and_no_files() -> None:
         text = MODULES[f"thinker.{name}"].read_text()
         assert "torch.optim" not in text
         assert "open(" not in text
+
+
+def test_the_network_does_not_import_the_compiler() -> None:
+    """Catches an import of Numba, half a second for nothing where all kernels are on the disk."""
+    script = "import sys, thinker.model; sys.exit('numba' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_what_must_not_import_torch() -> None:

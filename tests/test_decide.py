@@ -49,8 +49,8 @@ def test_what_kernels_there_are_is_said(monkeypatch):
     config = CONFIG.changed(d_model=64, n_heads=2)
     ours, compiled = "Thinker's own for attention (products by", settings.model_copy(update={"compile": "on"})
     for hindrance, run, said in (
-        (None, settings, "tiles), norms, activations and loss"),
-        (None, compiled, "tiles), activations and loss"),
+        (None, settings, "tiles), norms, weights' gradients, activations and the loss"),
+        (None, compiled, "tiles), weights' gradients, activations and the loss"),
         ("OSError: no room", settings, "torch's alone, for want of Thinker's own (OSError: no room)"),
     ):
         monkeypatch.setattr(room.kernels, "hindrance", lambda why=hindrance: why)

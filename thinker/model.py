@@ -17,6 +17,7 @@ from .attention import Rotation, attend, turn
 from .cache import Cache, FixedCache, KVCache
 from .config import ThinkerConfig
 from .fused import norm
+from .linear import Linear
 from .moe import MoE
 from .rope import rope_tables
 
@@ -75,14 +76,14 @@ class Attention(nn.Module):
         inner, kv_inner = config.n_heads * self.width, config.n_kv_heads * self.width
         self.use_gqa = config.use_gqa
         if config.use_gqa:
-            self.q = nn.Linear(config.d_model, inner, bias=False)
-            self.k = nn.Linear(config.d_model, kv_inner, bias=False)
-            self.v = nn.Linear(config.d_model, kv_inner, bias=False)
+            self.q = Linear(config.d_model, inner)
+            self.k = Linear(config.d_model, kv_inner)
+            self.v = Linear(config.d_model, kv_inner)
         else:
-            self.qkv = nn.Linear(config.d_model, 3 * inner, bias=False)
+            self.qkv = Linear(config.d_model, 3 * inner)
         self.q_norm = RMSNorm(self.width, config.norm_eps) if config.use_qk_norm else None
         self.k_norm = RMSNorm(self.width, config.norm_eps) if config.use_qk_norm else None
-        self.out_proj = nn.Linear(inner, config.d_model, bias=False)
+        self.out_proj = Linear(inner, config.d_model)
 
     def project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, D) to q (B, H, T, head_dim), k and v (B, G, T, head_dim); q and k normed, turned if so wanted."""
@@ -119,9 +120,9 @@ class MLP(nn.Module):
     def __init__(self, config: ThinkerConfig) -> None:
         super().__init__()
         self.activate = ACTIVATIONS[config.activation_name]
-        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False) if config.use_swiglu else None
-        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.gate_proj = Linear(config.d_model, config.d_ff) if config.use_swiglu else None
+        self.up_proj = Linear(config.d_model, config.d_ff)
+        self.down_proj = Linear(config.d_ff, config.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""

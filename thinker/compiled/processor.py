@@ -9,6 +9,7 @@ from llvmlite import binding
 MACHINE = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
 _FEATURES = binding.get_host_cpu_features()
 
+LANES = 16  # float32 numbers in a vector; LLVM splits it on processors with narrower registers
 # Thirty-two registers of sixteen float32 numbers, where others have sixteen of eight, or thirty-two of four.
 WIDE = _FEATURES.get("avx512f", False)
 # So many rows' sums fill them, beside one panel's weights or half of it; or fewer rows'.

@@ -1,7 +1,4 @@
-"""Vector instructions for the inner loops that Numba's own can't make well: sixteen float32 numbers at once.
-
-LLVM splits the vectors on processors with narrower registers.
-"""
+"""Vector instructions for the inner loops that Numba's own can't make well: sixteen float32 numbers at once."""
 
 from __future__ import annotations
 
@@ -11,8 +8,8 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from .processor import CONVERTS
+from .processor import LANES as LANES  # for those who work with vectors
 
-LANES = 16  # float32 in one vector
 MAGIC = 1.5 * 2**23  # a number that is added to it is rounded to a whole one, which the last bits then hold
 
 INT, SHORT, BYTE, FLOAT = ir.IntType(64), ir.IntType(16), ir.IntType(8), ir.FloatType()

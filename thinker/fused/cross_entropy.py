@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..compiled.vectors import LANES
+from ..compiled.processor import LANES
 from . import kernels
 from .kernels import NAMESPACE
 

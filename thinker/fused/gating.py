@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..compiled.library import Kernel
-from ..compiled.vectors import LANES
+from ..compiled.processor import LANES
 from . import kernels
 from .kernels import NAMESPACE
 

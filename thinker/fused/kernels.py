@@ -29,6 +29,7 @@ attend_forward, attend_backward = (_kernel("attention_kernels", name) for name i
 gate_forward, gate_backward = (_kernel("gating_kernels", name) for name in ("forward", "backward"))
 norm_forward, norm_backward = (_kernel("norm_kernels", name) for name in ("forward", "backward"))
 take_softmax = _kernel("cross_entropy_kernels", "take_softmax")
+add_products = _kernel("weights_kernels", "add_products")
 fork = _kernel("threads", "fork", 6)
 KERNELS = (
     attend_forward,
@@ -38,10 +39,12 @@ KERNELS = (
     norm_forward,
     norm_backward,
     take_softmax,
+    add_products,
     fork,
 )
 
 LINE = 64  # bytes
+STEP = 32  # rows, columns and inputs of products are multiples of it
 
 ARCH_PRCTL, ASK_FOR_STATE, TILE_DATA = 158, 0x1023, 18  # of Linux on x86-64
 

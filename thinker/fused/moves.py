@@ -7,13 +7,15 @@ All turning is one transposition of 32-bit words, of float32 or of pairs of bflo
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
 from ..compiled.memory import pointer, shorts, words
-from ..compiled.vectors import INT, LANES, WORD, WORDS, load, loop, store
+from ..compiled.vectors import INT, LANES, SHORT, WORD, WORDS, load, loop, same, store
 
 
 @njit(error_model="numpy")
@@ -49,23 +51,66 @@ def transpose(typing, source, step, rows, columns, to, to_step):  # type: ignore
             return pointer(builder, builder.add(address, builder.mul(row, step)), WORD, column)
 
         def down(i, _):  # type: ignore[no-untyped-def]
-            def across(j, _):  # type: ignore[no-untyped-def]
+            def along(j, _):  # type: ignore[no-untyped-def]
                 lines = [load(builder, place(source, step, builder.add(i, INT(row)), j)) for row in range(LANES)]
-                distance = 1
-                while distance < LANES:
-                    lines = exchanged(builder, lines, distance)
-                    distance *= 2
-                for column, line in enumerate(lines):
+                for column, line in enumerate(across(builder, lines)):
                     store(builder, line, place(to, to_step, builder.add(j, INT(column)), i))
                 return []
 
-            loop(builder, INT(0), columns, LANES, [], across)
+            loop(builder, INT(0), columns, LANES, [], along)
             return []
 
         loop(builder, INT(0), rows, LANES, [], down)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 6), generate
+
+
+def _packing(turned: bool) -> Any:
+    @intrinsic
+    def pack(typing, rows, step, count, to, to_step):  # type: ignore[no-untyped-def]
+        """32 rows of bfloat16, `step` bytes apart, to `count` tiles of sixteen columns, `to_step` bytes apart.
+
+        A tile has a pair of rows, or if turned a column, in each of its sixteen lines.
+        """
+
+        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            rows, step, count, to, to_step = arguments
+
+            def tile(i, _):  # type: ignore[no-untyped-def]
+                column = builder.mul(i, INT(LANES))
+
+                def row(number):  # type: ignore[no-untyped-def]
+                    address = builder.add(rows, builder.mul(step, INT(number)))
+                    return builder.zext(load(builder, pointer(builder, address, SHORT, column)), WORDS)
+
+                lines = [
+                    builder.or_(row(2 * pair), builder.shl(row(2 * pair + 1), same(WORDS, 16))) for pair in range(LANES)
+                ]
+                lines = across(builder, lines) if turned else lines
+                for number, line in enumerate(lines):
+                    place = builder.add(to, builder.mul(i, to_step))
+                    store(builder, line, pointer(builder, place, WORD, INT(number * LANES)))
+                return []
+
+            loop(builder, INT(0), count, 1, [], tile)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 5), generate
+
+    return pack
+
+
+pack, pack_turned = _packing(turned=False), _packing(turned=True)
+
+
+def across(builder: ir.IRBuilder, lines: list[ir.Value]) -> list[ir.Value]:
+    """The columns of a square of sixteen rows."""
+    distance = 1
+    while distance < LANES:
+        lines = exchanged(builder, lines, distance)
+        distance *= 2
+    return lines
 
 
 def exchanged(builder: ir.IRBuilder, lines: list[ir.Value], distance: int) -> list[ir.Value]:

@@ -18,9 +18,9 @@ from numba.extending import intrinsic
 from ..compiled.memory import pointer
 from ..compiled.processor import TILES
 from ..compiled.vectors import BYTE, FLOAT, FLOATS, INT, LANES, WORD, llvm, load, loop, same, spread, store
+from .kernels import STEP
 from .narrow import PAIRS
 
-STEP = 32  # m, n and k are multiples of it
 TILE_ROWS, TILE_BYTES = 16, 64
 TALL = 8  # rows whose sums fill the registers, beside two vectors of columns
 
@@ -31,42 +31,52 @@ def at(builder: ir.IRBuilder, address: ir.Value, *bytes_: ir.Value) -> ir.Value:
 
 
 def _by_tiles(builder, a, a_step, b, b_step, c, c_step, m, n, k, adds):  # type: ignore[no-untyped-def]
-    """Blocks of two by two tiles of sums, which are four of the eight that there are."""
-    lower_a, lower_c = builder.mul(a_step, INT(TILE_ROWS)), builder.mul(c_step, INT(TILE_ROWS))
+    """Blocks of two by two tiles of sums."""
+    lower = builder.mul(a_step, INT(TILE_ROWS))
+
+    def block(i, j):  # type: ignore[no-untyped-def]
+        from_a, from_b = at(builder, a, builder.mul(i, a_step)), at(builder, b, builder.mul(j, INT(4)))
+
+        def operands(p):  # type: ignore[no-untyped-def]
+            left = builder.gep(from_a, [builder.mul(p, INT(2))])
+            right = builder.gep(from_b, [builder.mul(builder.sdiv(p, INT(2)), b_step)])
+            return (left, builder.gep(left, [lower])), a_step, (right, builder.gep(right, [INT(TILE_BYTES)])), b_step
+
+        to = at(builder, c, builder.mul(i, c_step), builder.mul(j, INT(4)))
+        _add_tiles(builder, to, c_step, adds, k, STEP, operands)
+
+    _for_each_block(builder, m, n, STEP, block)
+
+
+def _add_tiles(builder, to, step, adds, end, by, operands):  # type: ignore[no-untyped-def]
+    """Two by two tiles of sums, of the eight tiles that there are: of products of the operands at 0, `by`, … `end`."""
+    below = builder.gep(to, [builder.mul(step, INT(TILE_ROWS))])
+    corners = [builder.gep(place, [INT(right)]) for place in (to, below) for right in (0, TILE_BYTES)]
 
     def tile(what, number, address, step):  # type: ignore[no-untyped-def]
         llvm(builder, f"x86.tile{what}d64", ir.VoidType(), BYTE(number), address, step)
 
-    def block(i, j):  # type: ignore[no-untyped-def]
-        from_a, from_b = at(builder, a, builder.mul(i, a_step)), at(builder, b, builder.mul(j, INT(4)))
-        to = at(builder, c, builder.mul(i, c_step), builder.mul(j, INT(4)))
-        below = builder.gep(to, [lower_c])
-        corners = [builder.gep(place, [INT(right)]) for place in (to, below) for right in (0, TILE_BYTES)]
-        with builder.if_else(adds) as (then, otherwise):
-            with then:
-                for number, corner in enumerate(corners):
-                    tile("load", number, corner, c_step)
-            with otherwise:
-                for number in range(4):
-                    llvm(builder, "x86.tilezero", ir.VoidType(), BYTE(number))
-
-        def inward(p, _):  # type: ignore[no-untyped-def]
-            left = builder.gep(from_a, [builder.mul(p, INT(2))])
-            right = builder.gep(from_b, [builder.mul(builder.sdiv(p, INT(2)), b_step)])
-            tile("load", 4, left, a_step)
-            tile("load", 6, right, b_step)
-            tile("load", 5, builder.gep(left, [lower_a]), a_step)
-            tile("load", 7, builder.gep(right, [INT(TILE_BYTES)]), b_step)
+    with builder.if_else(adds) as (then, otherwise):
+        with then:
+            for number, corner in enumerate(corners):
+                tile("load", number, corner, step)
+        with otherwise:
             for number in range(4):
-                numbers = (BYTE(value) for value in (number, 4 + number // 2, 6 + number % 2))
-                llvm(builder, "x86.tdpbf16ps", ir.VoidType(), *numbers)
-            return []
+                llvm(builder, "x86.tilezero", ir.VoidType(), BYTE(number))
 
-        loop(builder, INT(0), k, STEP, [], inward)
-        for number, corner in enumerate(corners):
-            tile("store", number, corner, c_step)
+    def inward(p, _):  # type: ignore[no-untyped-def]
+        left, left_step, right, right_step = operands(p)
+        for half in range(2):
+            tile("load", 4 + half, left[half], left_step)
+            tile("load", 6 + half, right[half], right_step)
+        for number in range(4):
+            numbers = (BYTE(value) for value in (number, 4 + number // 2, 6 + number % 2))
+            llvm(builder, "x86.tdpbf16ps", ir.VoidType(), *numbers)
+        return []
 
-    _for_each_block(builder, m, n, STEP, block)
+    loop(builder, INT(0), end, by, [], inward)
+    for number, corner in enumerate(corners):
+        tile("store", number, corner, step)
 
 
 def _by_pairs(builder, a, a_step, b, b_step, c, c_step, m, n, k, adds):  # type: ignore[no-untyped-def]
@@ -131,6 +141,29 @@ def _product(form: Any) -> Any:
 
 by_tiles, by_pairs = _product(_by_tiles), _product(_by_pairs)
 multiply = by_tiles if TILES else by_pairs
+
+
+@intrinsic
+def multiply_packed(typing, a, b, step, size, c, c_step, adds):  # type: ignore[no-untyped-def]
+    """c (32, 32) = a times b, or c more by it if `adds`, where there are tiles.
+
+    a: for each sixteen rows, b: for each sixteen columns, `size` bytes of tiles one behind the other, and `step` bytes
+    to the next sixteen; see `moves.pack`.
+    """
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        a, b, step, size, c, c_step, adds = arguments
+
+        def operands(p):  # type: ignore[no-untyped-def]
+            left, right = at(builder, a, p), at(builder, b, p)
+            line = INT(TILE_BYTES)
+            return (left, builder.gep(left, [step])), line, (right, builder.gep(right, [step])), line
+
+        adds = builder.icmp_signed("!=", adds, INT(0))
+        _add_tiles(builder, at(builder, c), c_step, adds, size, TILE_ROWS * TILE_BYTES, operands)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 7), generate
 
 
 @intrinsic

@@ -32,8 +32,9 @@ DTYPES: dict[Precision, torch.dtype] = {
     "float16": torch.float16,
 }
 
-# A compiled step takes about two thirds of the time; compiling, some 25 seconds.
-COMPILE_PAYS_AFTER = 120.0  # seconds of training still to come
+# A compiled step takes about two thirds of the time; compiling, some 25 seconds. Beside kernels of our own, which leave
+# less to compile, it takes seven eighths.
+COMPILE_PAYS_AFTER, BESIDE_KERNELS = 120.0, 200.0  # seconds of training still to come
 # Where a product takes so many times as long in bfloat16, it is emulated, and a step would take ten times as long.
 EMULATED = 2.0
 
@@ -111,6 +112,8 @@ def decide(
         else:
             reasons.append(f"float32: this processor emulates bfloat16, {bfloat16_cost():.1f} times the time a product")
 
+    multiplies = precision == "bfloat16" and device == "cpu" and kernels.multiplies()
+    pays_after = BESIDE_KERNELS if multiplies and kernels.is_available() else COMPILE_PAYS_AFTER
     limit_steps, limit_seconds = run.limit
     ahead = limit_seconds if limit_seconds is not None else (limit_steps or 0) * seconds
     hindrance = None
@@ -121,7 +124,7 @@ def decide(
     if isinstance(module, SplicedLoss):
         hindrance = "pictures and sounds come in other numbers with every batch"
     if run.compile == "auto":
-        compiled = ahead > COMPILE_PAYS_AFTER and hindrance is None
+        compiled = ahead > pays_after and hindrance is None
         reasons.append(
             f"{'compiled' if compiled else 'not compiled'}: {hindrance or f'the run lasts some {ahead:,.0f} s'}"
         )
@@ -129,7 +132,7 @@ def decide(
         compiled = run.compile == "on"
         if compiled and hindrance is not None:
             raise ValueError(f"compile is 'on', but {hindrance}: use --compile off")
-    if precision == "bfloat16" and device == "cpu" and kernels.multiplies():
+    if multiplies:
         reasons.append(own_kernels(module.model.config.head_width, compiled))
     return Decisions(device, precision, compiled, threads, seconds, tuple(reasons), versions())
 
@@ -138,12 +141,13 @@ def own_kernels(head_width: int, compiled: bool) -> str:
     """What is done by kernels of `fused/` on a processor for which there are some."""
     if kernels.hindrance() is not None:
         return f"kernels: torch's alone, for want of Thinker's own ({kernels.hindrance()})"
-    parts = ["activations", "loss"]
-    if not compiled:
-        parts.insert(0, "norms")
-    if attention.fits(head_width):
-        parts.insert(0, f"attention (products by {kernels.form()})")
-    return f"kernels: Thinker's own for {', '.join(parts[:-1])} and {parts[-1]}"
+    parts = {
+        f"attention (products by {kernels.form()})": attention.fits(head_width),
+        "norms": not compiled,
+        "weights' gradients": kernels.form() == "tiles",
+        "activations": True,
+    }
+    return f"kernels: Thinker's own for {', '.join(name for name, there in parts.items() if there)} and the loss"
 
 
 def worth_probing() -> tuple[Precision, ...]:
