@@ -45,6 +45,20 @@ def test_gradients_are_added_up_in_float32(shape: tuple[int, int, int]) -> None:
 
 
 @by_tiles
+@pytest.mark.parametrize("sizes", [(64, 0, 288, 32), (0, 0, 32), (32,)], ids=str)
+def test_groups_have_gradients_of_their_own(sizes: tuple[int, ...]) -> None:
+    """Bug: a group's tokens are another's, one without any has a gradient, or what is behind the last counts."""
+    y_grad, x = draw(sum(sizes) + 50, 96), draw(sum(sizes) + 50, 64)
+    x[sum(sizes) :] = torch.nan
+    got = weights.gradient(y_grad, x, torch.tensor(sizes).cumsum(0))
+    assert got.shape == (len(sizes), 96, 64)
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    for one, end, size in zip(got, ends, sizes, strict=True):
+        alone = weights.gradient(y_grad[end - size : end], x[end - size : end]) if size else torch.zeros(96, 64)
+        assert torch.equal(one, alone)
+
+
+@by_tiles
 def test_gradients_of_any_strides() -> None:
     """Bug: a part of a fused projection is read as if it were whole, or a matrix across as if along."""
     y_grad, x = draw(64, 96), draw(64, 64)

@@ -104,16 +104,22 @@ def gradients(product: Callable[..., Tensor], rows: Tensor, weight: Tensor, coun
 
 @pytest.mark.parametrize("counts", [[3, 0, 5, 2], [10, 0, 0, 0], [0, 0, 0, 10], [1, 1, 1, 7]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_grouped_product_equals_the_loop_gradients_too(counts: list[int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("whole", [False, True])
+def test_grouped_product_equals_the_loop_gradients_too(counts: list[int], dtype: torch.dtype, whole: bool) -> None:
     """Catches rows given to a neighbouring expert, and an idle expert whose gradient is left uninitialised."""
     draws = torch.Generator().manual_seed(6)
-    rows, weight = torch.randn(10, 16, generator=draws).to(dtype), torch.randn(4, 24, 16, generator=draws).to(dtype)
+    if whole:  # in blocks of 32, as a kernel of `fused/` wants them
+        counts, N, M, K = [32 * count for count in counts], 320, 32, 64
+    else:
+        N, M, K = 10, 24, 16
+    rows, weight = torch.randn(N, K, generator=draws).to(dtype), torch.randn(4, M, K, generator=draws).to(dtype)
     got = gradients(grouped_product, rows, weight, torch.tensor(counts))
     exact = gradients(looped_product, rows.double(), weight.double(), torch.tensor(counts))
     for one, other in zip(got, exact, strict=True):
         assert one.dtype == dtype
-        # Up to 24 terms, of products below 10 that are rounded by half an eps, and partial sums rounded again.
-        torch.testing.assert_close(one.double(), other, rtol=0, atol=24 * 10 * torch.finfo(dtype).eps / 2)
+        # As many terms, of products below 10 that are rounded by half an eps, and partial sums rounded again.
+        terms = max(K, M, *counts)
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=terms * 10 * torch.finfo(dtype).eps / 2)
     for weight_gradient, count in zip(got[2], counts, strict=True):
         assert bool((weight_gradient == 0).all()) == (count == 0)
 

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from .activations import Activate, gated
 from .config import ThinkerConfig
+from .fused import weights
 
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -126,16 +127,37 @@ def _fetched(x: Tensor, at: Tensor) -> Tensor:
 
 def apply_experts(experts: Experts, rows: Tensor, counts: Tensor, activate: Activate, product: Product) -> Tensor:
     """Each expert's SwiGLU on its share of rows (R, D), which are sorted by expert: (R, D)."""
-    gate, up, down = (w.to(rows.dtype) for w in (experts.gate_proj, experts.up_proj, experts.down_proj))
+    gate, up, down = experts.gate_proj, experts.up_proj, experts.down_proj
     return product(gated(activate, product(rows, gate, counts), product(rows, up, counts)), down, counts)
 
 
 def grouped_product(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """rows @ weight[e].T for each expert's rows in one call: no loop, no synchronisation."""
-    return F.grouped_mm(rows, weight.transpose(-2, -1), offs=counts.cumsum(dim=0).to(torch.int32))
+    ends = counts.cumsum(dim=0)
+    if weights.serves(rows, weight):
+        return _GroupedProduct.apply(rows, weight, ends)
+    return F.grouped_mm(rows, weight.to(rows.dtype).transpose(-2, -1), offs=ends.to(torch.int32))
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """The same for groups of whole blocks of rows, with the weights' gradient of `fused/`."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        matrices = weight.to(rows.dtype)
+        ctx.save_for_backward(rows, matrices, ends)
+        ctx.dtype = weight.dtype
+        return F.grouped_mm(rows, matrices.transpose(-2, -1), offs=ends.to(torch.int32))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
+        rows, matrices, ends = ctx.saved_tensors
+        rows_grad = F.grouped_mm(upstream, matrices, offs=ends.to(torch.int32))
+        return rows_grad, weights.gradient(upstream, rows, ends).to(ctx.dtype), None
 
 
 def looped_product(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """The same in so many words, for what the grouped product can't take."""
     shares = rows.split(counts.tolist())
-    return torch.cat([share @ matrix.T for share, matrix in zip(shares, weight, strict=True)])
+    return torch.cat([share @ matrix.T for share, matrix in zip(shares, weight.to(rows.dtype), strict=True)])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from numba import from_dtype, njit
 
-from ..compiled.memory import view_of
+from ..compiled.memory import floats, integers, view_of
 from ..compiled.shares import share
 from .kernels import STEP
 from .moves import pack, pack_turned
@@ -27,29 +27,37 @@ def add_products(address, part):  # type: ignore[no-untyped-def]
     parts = (t.parts, 1) if t.outputs >= t.inputs else (1, t.parts)
     top, bottom = share(part // parts[1], parts[0], t.outputs // STEP)
     left, right = share(part % parts[1], parts[1], t.inputs // STEP)
+    ends, begin = integers(t.ends, 0, t.groups), 0
     take_tiles()
-    for m in range(top * STEP, bottom * STEP, ROWS):
-        for k in range(left * STEP, right * STEP, COLUMNS):
-            rows, columns = min(ROWS, bottom * STEP - m), min(COLUMNS, right * STEP - k)
-            add_block(t, t.scratch + part * t.step_scratch, m, rows, k, columns)
+    for group in range(t.groups):
+        for m in range(top * STEP, bottom * STEP, ROWS):
+            for k in range(left * STEP, right * STEP, COLUMNS):
+                rows, columns = min(ROWS, bottom * STEP - m), min(COLUMNS, right * STEP - k)
+                grad = t.grad + 4 * ((group * t.outputs + m) * t.inputs + k)
+                add_block(t, t.scratch + part * t.step_scratch, begin, ends[group], m, rows, k, columns, grad)
+        begin = ends[group]
     leave_tiles()
     return 0
 
 
 @njit(error_model="numpy")
-def add_block(t, own, top, rows, left, columns):  # type: ignore[no-untyped-def]
-    """So many rows and columns of the gradient, from these on."""
+def add_block(t, own, begin, end, top, rows, left, columns, grad):  # type: ignore[no-untyped-def]
+    """Tokens `begin` to `end` - 1 for so many rows and columns of the gradient, from these on."""
+    if begin == end:
+        for row in range(rows):
+            nothing = floats(grad, row * t.inputs, columns)
+            for i in range(columns):
+                nothing[i] = 0
     right = own + rows // TILE_ROWS * PANEL
-    for token in range(0, t.tokens, TOKENS):
-        count = min(TOKENS, t.tokens - token) // STEP
+    for token in range(begin, end, TOKENS):
+        count = min(TOKENS, end - token) // STEP
         for i in range(count):
             n = token + i * STEP
             pack_turned(t.y_grad + n * t.y_step + 2 * top, t.y_step, rows // TILE_ROWS, own + i * TILE, PANEL)
             pack(t.x + n * t.x_step + 2 * left, t.x_step, columns // TILE_ROWS, right + i * TILE, PANEL)
         for m in range(0, rows, STEP):
             for k in range(0, columns, STEP):
-                grad = t.grad + 4 * ((top + m) * t.inputs + left + k)
                 multiply_packed(
                     own + m // TILE_ROWS * PANEL, right + k // TILE_ROWS * PANEL, PANEL, count * TILE,
-                    grad, 4 * t.inputs, token > 0,
+                    grad + 4 * (m * t.inputs + k), 4 * t.inputs, token > begin,
                 )  # fmt: skip
