@@ -64,10 +64,11 @@ def heads(tokens: int = 45, width: int = 64) -> Tensor:
 @pytest.mark.parametrize("shape", [(16,), (3, 5, 48), (7, 1024)])
 def test_gates_equal_the_plain_ones_gradients_too(shape: tuple[int, ...], size: float) -> None:
     """Bug: a vector is left out between two threads, a slope is that of the sigmoid, large gates overflow."""
-    tensors = [draw(*shape, size=size), draw(*shape), draw(*shape).flip(-1)]
-    for got, want in zip(outcome(gating.gated, *tensors), exactly(silu_gate, *tensors), strict=True):
-        assert got.dtype == torch.bfloat16
-        assert apart(got, want) < EPS[torch.bfloat16] / 2, "rounded once"
+    upstream, gate, up = draw(*shape).flip(0), draw(*shape, size=size), draw(*shape).flip(-1)
+    got, want = outcome(gating.gated, upstream, gate, up), exactly(silu_gate, upstream, gate, up)
+    for one, other in zip(got, want, strict=True):
+        assert one.dtype == torch.bfloat16
+        assert apart(one, other) < EPS[torch.bfloat16] / 2, "rounded once"
 
 
 def test_gates_of_any_strides() -> None:
