@@ -118,7 +118,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _loss_and_error(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The summed loss of a chunk of rows, and d loss / d logits in the logits' own precision.
 
-    In the order of a softmax, and nothing between in memory, so that a compiler makes one pass of it over each row.
+    In the order of a softmax, and nothing between in memory, so that a compiler makes one pass of it over each row. A
+    kernel puts the gradient in the logits' place.
     """
     if fused.serves(logits):
         return fused.losses(logits, targets, IGNORE).sum(), logits
