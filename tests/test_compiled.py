@@ -61,6 +61,14 @@ def test_a_changed_source_is_compiled_again(kernel):
     assert answer(kernel(SOURCE.replace("total += int", "total -= int")))[0] == -120
 
 
+def test_functions_of_one_name_are_told_apart(kernel):
+    """Bug: of two modules that share their sources one runs the other's function."""
+    first = kernel()
+    second = kernel(SOURCE.replace("total += int", "total -= int"), "another_under_test")
+    first.sources = second.sources = [*first.sources, *second.sources]
+    assert [answer(one)[0] for one in (first, second)] == [120, -120]
+
+
 def test_damaged_code_is_never_run(kernel, tmp_path):
     """Bug: half a file, or one with a flipped bit, is linked and called."""
     answer(kernel())
