@@ -17,7 +17,7 @@ FLOATS = ir.VectorType(FLOAT, LANES)
 WORD = ir.IntType(32)
 WORDS, HALVES = ir.VectorType(WORD, LANES), ir.VectorType(ir.HalfType(), LANES)
 Loop = Callable[[ir.Value, list[ir.Value]], list[ir.Value]]
-Join = Callable[[ir.Value, ir.Value], ir.Value]
+Join = Callable[[ir.IRBuilder, ir.Value, ir.Value], ir.Value]
 
 
 def llvm(builder: ir.IRBuilder, name: str, result: ir.Type, *arguments: ir.Value) -> ir.Value:
@@ -92,7 +92,7 @@ def folded(builder: ir.IRBuilder, vector: ir.Value, join: Join) -> ir.Value:
     while size > 1:
         size //= 2
         turned = ir.Constant(WORDS, [(lane + size) % LANES for lane in range(LANES)])
-        vector = join(vector, builder.shuffle_vector(vector, vector, turned))
+        vector = join(builder, vector, builder.shuffle_vector(vector, vector, turned))
     return builder.extract_element(vector, WORD(0))
 
 

@@ -161,7 +161,7 @@ def _perform(
         "scale": width**-0.5,
         "factor": width**-0.5 / math.log(2),
     }
-    whole = {name: x if x.stride(-1) == 1 else x.contiguous() for name, x in views.items()}
+    whole = {name: kernels.along(x) for name, x in views.items()}
     fields = {name: (x.data_ptr(), *x.stride()[:3]) for name, x in whole.items()}
     kernels.perform(kernel, TASK, numbers | places | fields, size, B * G)
 

@@ -29,7 +29,7 @@ from ..compiled.vectors import (
     spread,
     store,
 )
-from .narrow import power_of_two, rounded, widened
+from .narrow import power_of_two, read, rounded, widened, write
 
 
 def _turning(back: bool) -> Any:
@@ -49,7 +49,7 @@ def _turning(back: bool) -> Any:
             def at(place):  # type: ignore[no-untyped-def]
                 if back:
                     return load(builder, pointer(builder, source, FLOAT, place))
-                return widened(builder, load(builder, pointer(builder, source, SHORT, place)))
+                return read(builder, source, place)
 
             def some(c, _):  # type: ignore[no-untyped-def]
                 other = builder.add(c, half)
@@ -60,8 +60,7 @@ def _turning(back: bool) -> Any:
                 first = builder.fsub(builder.fmul(a, cosine), builder.fmul(b, sine))
                 second = builder.fadd(builder.fmul(b, cosine), builder.fmul(a, sine))
                 for value, place in ((first, c), (second, other)):
-                    result = rounded(builder, builder.fmul(value, scale))
-                    store(builder, result, pointer(builder, target, SHORT, place))
+                    write(builder, builder.fmul(value, scale), target, place)
                 return []
 
             loop(builder, INT(0), half, LANES, [], some)
@@ -84,12 +83,12 @@ def divided(typing, upstream, y, width, share, target, inner):  # type: ignore[n
         scale = spread(builder, share)
 
         def some(c, sums):  # type: ignore[no-untyped-def]
-            grad, other = (widened(builder, load(builder, pointer(builder, x, SHORT, c))) for x in (upstream, y))
-            store(builder, rounded(builder, builder.fmul(grad, scale)), pointer(builder, target, SHORT, c))
+            grad, other = (read(builder, x, c) for x in (upstream, y))
+            write(builder, builder.fmul(grad, scale), target, c)
             return [fma(builder, grad, other, sums[0])]
 
         (sums,) = loop(builder, INT(0), width, LANES, [same(FLOATS, 0.0)], some)
-        total = builder.fmul(folded(builder, sums, builder.fadd), share)
+        total = builder.fmul(folded(builder, sums, ir.IRBuilder.fadd), share)
         builder.store(total, pointer(builder, inner, FLOAT))
         return context.get_dummy_value()
 
@@ -115,15 +114,11 @@ def soften(typing, scores, first, end, columns, factor, weights, top, total):  #
             )
 
         def look(c, tops):  # type: ignore[no-untyped-def]
-            return [
-                builder.select(inside(c), larger(builder, load(builder, builder.gep(source, [c])), tops[0]), tops[0])
-            ]
+            most = larger(builder, load(builder, builder.gep(source, [c])), tops[0])
+            return [builder.select(inside(c), most, tops[0])]
 
         (tops,) = loop(builder, INT(0), columns, LANES, [same(FLOATS, float("-inf"))], look)
-        most, scale = (
-            builder.fmul(folded(builder, tops, lambda a, b: larger(builder, a, b)), factor),
-            spread(builder, factor),
-        )
+        most, scale = builder.fmul(folded(builder, tops, larger), factor), spread(builder, factor)
         below = builder.fneg(spread(builder, most))
 
         def weigh(c, sums):  # type: ignore[no-untyped-def]
@@ -134,7 +129,7 @@ def soften(typing, scores, first, end, columns, factor, weights, top, total):  #
 
         (sums,) = loop(builder, INT(0), columns, LANES, [same(FLOATS, 0.0)], weigh)
         builder.store(most, pointer(builder, top, FLOAT))
-        builder.store(folded(builder, sums, builder.fadd), pointer(builder, total, FLOAT))
+        builder.store(folded(builder, sums, ir.IRBuilder.fadd), pointer(builder, total, FLOAT))
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4, types.float32, *[types.int64] * 3), generate

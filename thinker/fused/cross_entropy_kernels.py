@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+from llvmlite import ir
 from numba import from_dtype, njit, types
 from numba.extending import intrinsic
 
 from ..compiled.memory import floats, integers, pointer, shorts, view_of, words
 from ..compiled.shares import share
-from ..compiled.vectors import FLOAT, FLOATS, INT, LANES, SHORT, fma, folded, larger, load, loop, same, spread, store
+from ..compiled.vectors import FLOAT, FLOATS, INT, LANES, fma, folded, larger, load, loop, same, spread, store
 from .cross_entropy import TASK
-from .narrow import LOG2_E, narrowed, power_of_two, widened
+from .narrow import LOG2_E, narrowed, power_of_two, read
 
 NOTHING = np.float32(-np.inf).view(np.int32)  # the logit of what can't be
 
@@ -62,13 +63,13 @@ def spread_out(typing, source, count, target):  # type: ignore[no-untyped-def]
         source, count, target = arguments
 
         def some(c, tops):  # type: ignore[no-untyped-def]
-            value = widened(builder, load(builder, pointer(builder, source, SHORT, c)))
+            value = read(builder, source, c)
             store(builder, value, pointer(builder, target, FLOAT, c))
             return [larger(builder, value, tops[0])]
 
         rest = load(builder, pointer(builder, target, FLOAT, count))
         (tops,) = loop(builder, INT(0), count, LANES, [rest], some)
-        return folded(builder, tops, lambda a, b: larger(builder, a, b))
+        return folded(builder, tops, larger)
 
     return types.float32(*[types.int64] * 3), generate
 
@@ -89,6 +90,6 @@ def to_powers(typing, row, count, highest):  # type: ignore[no-untyped-def]
             return [builder.fadd(sums[0], power)]
 
         (sums,) = loop(builder, INT(0), count, LANES, [same(FLOATS, 0.0)], some)
-        return folded(builder, sums, builder.fadd)
+        return folded(builder, sums, ir.IRBuilder.fadd)
 
     return types.float32(*[types.int64] * 2, types.float32), generate

@@ -6,11 +6,11 @@ from llvmlite import ir
 from numba import from_dtype, types
 from numba.extending import intrinsic
 
-from ..compiled.memory import pointer, view_of
+from ..compiled.memory import view_of
 from ..compiled.shares import share
-from ..compiled.vectors import FLOATS, INT, LANES, SHORT, load, loop, same, store
+from ..compiled.vectors import FLOATS, LANES, loop, same
 from .gating import TASK
-from .narrow import LOG2_E, power_of_two, rounded, widened
+from .narrow import LOG2_E, power_of_two, read, write
 
 tasks = view_of(from_dtype(TASK))
 
@@ -19,7 +19,7 @@ def forward(address, part):  # type: ignore[no-untyped-def]
     """A part of a task, of as many as there are threads."""
     t = tasks(address, 0, 1)[0]
     first, end = share(part, t.parts, t.vectors)
-    multiply(t.gate, t.up, first, end, t.y)
+    multiply(t.gate, t.up, first * LANES, end * LANES, t.y)
     return 0
 
 
@@ -27,13 +27,13 @@ def backward(address, part):  # type: ignore[no-untyped-def]
     """A part of a task, of as many as there are threads."""
     t = tasks(address, 0, 1)[0]
     first, end = share(part, t.parts, t.vectors)
-    differentiate(t.y_grad, t.gate, t.up, first, end, t.gate_grad, t.up_grad)
+    differentiate(t.y_grad, t.gate, t.up, first * LANES, end * LANES, t.gate_grad, t.up_grad)
     return 0
 
 
 @intrinsic
 def multiply(typing, gate, up, first, end, y):  # type: ignore[no-untyped-def]
-    """y = silu(gate) * up in vectors `first` to `end` - 1."""
+    """y = silu(gate) * up in elements `first` to `end` - 1."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         gate, up, first, end, y = arguments
@@ -43,7 +43,7 @@ def multiply(typing, gate, up, first, end, y):  # type: ignore[no-untyped-def]
             write(builder, builder.fmul(builder.fmul(g, sigmoid(builder, g)), u), y, i)
             return []
 
-        loop(builder, first, end, 1, [], some)
+        loop(builder, first, end, LANES, [], some)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 5), generate
@@ -66,7 +66,7 @@ def differentiate(typing, y_grad, gate, up, first, end, gate_grad, up_grad):  # 
             write(builder, builder.fmul(d, silu), up_grad, i)
             return []
 
-        loop(builder, first, end, 1, [], some)
+        loop(builder, first, end, LANES, [], some)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 7), generate
@@ -78,13 +78,3 @@ def sigmoid(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     exponent = builder.select(builder.fcmp_ordered(">", exponent, most), most, exponent)
     one = same(FLOATS, 1.0)
     return builder.fdiv(one, builder.fadd(one, power_of_two(builder, exponent)))
-
-
-def read(builder: ir.IRBuilder, address: ir.Value, i: ir.Value) -> ir.Value:
-    """Vector i of an array of bfloat16."""
-    return widened(builder, load(builder, pointer(builder, address, SHORT, builder.mul(i, INT(LANES)))))
-
-
-def write(builder: ir.IRBuilder, value: ir.Value, address: ir.Value, i: ir.Value) -> None:
-    """The same back again."""
-    store(builder, rounded(builder, value), pointer(builder, address, SHORT, builder.mul(i, INT(LANES))))

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..compiled.library import Kernel
 from ..compiled.processor import PAIRS_OF_BFLOAT16, TILES
@@ -80,6 +81,11 @@ def is_available() -> bool:
     return form() != "none"
 
 
+def along(x: Tensor) -> Tensor:
+    """x, or a copy, so that its rows lie along the memory."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def perform(
     kernel: Kernel, kind: np.dtype, fields: Mapping[str, Any], scratch: int = 0, most: int | None = None
 ) -> None:
@@ -92,9 +98,10 @@ def perform(
     step = -(-scratch // LINE) * LINE
     memory = torch.empty(parts * step + LINE, dtype=torch.uint8)
     task = np.zeros(1, kind)
+    record = task[0]
     shared = zip(SHARED, (parts, -(-memory.data_ptr() // LINE) * LINE, step), strict=True)
     for name, value in {**dict(shared), **fields}.items():
-        task[0][name] = value
+        record[name] = value
     fork(*threads(), kernel.prepare(), task.ctypes.data, parts)
 
 

@@ -56,6 +56,16 @@ def widened(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:
     return builder.bitcast(builder.shl(builder.zext(bits, WORDS), same(WORDS, 16)), FLOATS)
 
 
+def read(builder: ir.IRBuilder, address: ir.Value, i: ir.Value) -> ir.Value:
+    """Sixteen numbers of an array of bfloat16, from element i on, as float32."""
+    return widened(builder, load(builder, pointer(builder, address, SHORT, i)))
+
+
+def write(builder: ir.IRBuilder, value: ir.Value, address: ir.Value, i: ir.Value) -> None:
+    """float32 numbers to there, rounded."""
+    store(builder, rounded(builder, value), pointer(builder, address, SHORT, i))
+
+
 def power_of_two(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """2^x; what is below 2^-126 becomes that, and NaN stays NaN."""
     lowest = same(FLOATS, -126.0)
@@ -79,7 +89,7 @@ def narrowed(typing, source, count, factor, target):  # type: ignore[no-untyped-
 
         def some(c, _):  # type: ignore[no-untyped-def]
             value = builder.fmul(load(builder, pointer(builder, source, FLOAT, c)), factor)
-            store(builder, rounded(builder, value), pointer(builder, target, SHORT, c))
+            write(builder, value, target, c)
             return []
 
         loop(builder, INT(0), count, LANES, [], some)

@@ -82,8 +82,7 @@ normed.register_autograd(_differentiate, setup_context=_keep)
 
 
 def _perform(kernel: Kernel, views: dict[str, Tensor], scale: Tensor, eps: float, sums: int = 0) -> None:
-    whole = {name: x if x.stride(-1) == 1 else x.contiguous() for name, x in views.items()}
-    deep = {name: x[(None,) * (4 - x.dim())] for name, x in whole.items()}
+    deep = {name: kernels.along(x)[(None,) * (4 - x.dim())] for name, x in views.items()}
     outer, middle, inner, W = deep["x"].shape
     scale = scale.contiguous()
     fields = {name: (x.data_ptr(), *x.stride()[:3]) for name, x in deep.items()}

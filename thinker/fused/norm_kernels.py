@@ -11,8 +11,9 @@ from numba.extending import intrinsic
 
 from ..compiled.memory import floats, pointer, view_of
 from ..compiled.shares import share
-from ..compiled.vectors import FLOAT, FLOATS, INT, LANES, SHORT, fma, folded, load, loop, same, spread, store
-from .narrow import rounded, widened
+from ..compiled.vectors import FLOAT, FLOATS, INT, LANES, fma, folded, load, loop, same, spread, store
+from .narrow import read as read_narrow
+from .narrow import write as write_narrow
 from .norm import ROWS, TASK
 
 tasks = view_of(from_dtype(TASK))
@@ -69,13 +70,11 @@ def _on_rows(narrow: bool) -> tuple[Any, ...]:
     """What is done to a row of bfloat16, or of float32."""
 
     def read(builder: ir.IRBuilder, address: ir.Value, i: ir.Value) -> ir.Value:
-        if narrow:
-            return widened(builder, load(builder, pointer(builder, address, SHORT, i)))
-        return load(builder, pointer(builder, address, FLOAT, i))
+        return read_narrow(builder, address, i) if narrow else load(builder, pointer(builder, address, FLOAT, i))
 
     def write(builder: ir.IRBuilder, value: ir.Value, address: ir.Value, i: ir.Value) -> None:
         if narrow:
-            store(builder, rounded(builder, value), pointer(builder, address, SHORT, i))
+            write_narrow(builder, value, address, i)
         else:
             store(builder, value, pointer(builder, address, FLOAT, i))
 
@@ -91,7 +90,7 @@ def _on_rows(narrow: bool) -> tuple[Any, ...]:
                 return [fma(builder, value, value, sums[0])]
 
             (sums,) = loop(builder, INT(0), width, LANES, [same(FLOATS, 0.0)], some)
-            return folded(builder, sums, builder.fadd)
+            return folded(builder, sums, ir.IRBuilder.fadd)
 
         return types.float32(types.int64, types.int64), generate
 
@@ -129,7 +128,7 @@ def _on_rows(narrow: bool) -> tuple[Any, ...]:
                 return [fma(builder, normed, grad, totals[0])]
 
             (totals,) = loop(builder, INT(0), width, LANES, [same(FLOATS, 0.0)], add)
-            mean = builder.fdiv(folded(builder, totals, builder.fadd), builder.sitofp(width, FLOAT))
+            mean = builder.fdiv(folded(builder, totals, ir.IRBuilder.fadd), builder.sitofp(width, FLOAT))
             taken = builder.fneg(spread(builder, mean))
 
             def some(i, _):  # type: ignore[no-untyped-def]

@@ -47,9 +47,11 @@ def gradient(y_grad: Tensor, x: Tensor, ends: Tensor | None = None) -> Tensor:
     ends (G,), int64: of groups of tokens, one behind the other, for (G, M, K), a gradient each.
     """
     result = _empty(y_grad, x, ends)
-    y_grad, x = (part if part.stride(1) == 1 else part.contiguous() for part in (y_grad, x))
-    ends = torch.tensor([len(x)]) if ends is None else ends.contiguous()
-    assert not bool((ends % STEP).any()), "groups are of whole steps"
+    y_grad, x = kernels.along(y_grad), kernels.along(x)
+    if ends is None:
+        ends = torch.tensor([len(x)])
+    else:
+        assert not bool((ends % STEP).any()), "groups are of whole steps"
     addresses = y_grad.data_ptr(), 2 * y_grad.stride(0), x.data_ptr(), 2 * x.stride(0), result.data_ptr()
     fields = dict(zip(_FIELDS, (len(ends), ends.data_ptr(), *result.shape[-2:], *addresses), strict=True))
     kernels.perform(kernels.add_products, TASK, fields, 2 * TOKENS * (ROWS + COLUMNS))

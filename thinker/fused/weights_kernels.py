@@ -24,9 +24,11 @@ tasks = view_of(from_dtype(TASK))
 def add_products(address, part):  # type: ignore[no-untyped-def]
     """A part of a task, of as many as there are threads."""
     t = tasks(address, 0, 1)[0]
-    parts = (t.parts, 1) if t.outputs >= t.inputs else (1, t.parts)
-    top, bottom = share(part // parts[1], parts[0], t.outputs // STEP)
-    left, right = share(part % parts[1], parts[1], t.inputs // STEP)
+    top, bottom, left, right = 0, t.outputs // STEP, 0, t.inputs // STEP
+    if t.outputs >= t.inputs:
+        top, bottom = share(part, t.parts, bottom)
+    else:
+        left, right = share(part, t.parts, right)
     ends, begin = integers(t.ends, 0, t.groups), 0
     take_tiles()
     for group in range(t.groups):

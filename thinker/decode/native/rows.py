@@ -22,6 +22,7 @@ from ...compiled.vectors import (
     SHORT,
     WORD,
     WORDS,
+    larger,
     llvm,
     load,
     loop,
@@ -41,10 +42,6 @@ def _add(builder: ir.IRBuilder, value: ir.Value, total: ir.Value) -> ir.Value:
 
 def _add_square(builder: ir.IRBuilder, value: ir.Value, total: ir.Value) -> ir.Value:
     return builder.fadd(builder.fmul(value, value), total)
-
-
-def _larger(builder: ir.IRBuilder, value: ir.Value, other: ir.Value) -> ir.Value:
-    return builder.select(builder.fcmp_ordered(">", value, other), value, other)
 
 
 def _fold(start: float, take: Callable[..., ir.Value], join: Callable[..., ir.Value]) -> Any:
@@ -75,7 +72,7 @@ def _fold(start: float, take: Callable[..., ir.Value], join: Callable[..., ir.Va
 
 sum_of = _fold(0.0, _add, _add)
 sum_of_squares = _fold(0.0, _add_square, _add)
-largest = _fold(float("-inf"), _larger, _larger)
+largest = _fold(float("-inf"), larger, larger)
 
 
 def _reduced(builder: ir.IRBuilder, operation: str, vector: ir.Value) -> ir.Value:
