@@ -81,6 +81,17 @@ def test_compiling_is_chosen_where_the_run_repays_it(monkeypatch, seconds, steps
     assert decide(run, NextTokenLoss(ThinkerLM(CONFIG)), one_row(), "cpu").compile is compiled
 
 
+@pytest.mark.parametrize(("seconds", "there", "compiled"), [(150, False, True), (150, True, False), (250, True, True)])
+def test_compiling_must_repay_more_beside_kernels(monkeypatch, seconds, there, compiled):
+    """Bug: a compiler is waited for that saves less than it takes, or never taken where there are kernels."""
+    monkeypatch.setattr(room, "probe", lambda *_: seconds / 1000 / 8)
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/g++")
+    monkeypatch.setattr(room.kernels, "multiplies", lambda: True)
+    monkeypatch.setattr(room.kernels, "is_available", lambda: there)
+    run = TrainConfig(steps=1000, precision="bfloat16")
+    assert decide(run, NextTokenLoss(ThinkerLM(CONFIG)), one_row(), "cpu").compile is compiled
+
+
 def test_without_a_compiler_auto_does_without_and_on_says_what_is_missing(monkeypatch):
     """Bug: torch's own traceback, an hour into the night."""
     monkeypatch.setattr(room, "probe", lambda *_: 1.0)

@@ -32,8 +32,8 @@ DTYPES: dict[Precision, torch.dtype] = {
     "float16": torch.float16,
 }
 
-# A compiled step takes about two thirds of the time; compiling, some 25 seconds. Beside kernels of our own, which leave
-# less to compile, it takes seven eighths.
+# Compiling takes some 25 to 35 seconds. A step then takes two thirds to three quarters of its time; beside kernels of
+# our own, which leave less to compile, seven eighths.
 COMPILE_PAYS_AFTER, BESIDE_KERNELS = 120.0, 200.0  # seconds of training still to come
 # Where a product takes so many times as long in bfloat16, it is emulated, and a step would take ten times as long.
 EMULATED = 2.0
