@@ -44,7 +44,7 @@ def test_what_a_processor_emulates_is_not_probed(monkeypatch):
 def test_what_kernels_there_are_is_said(monkeypatch):
     """Bug: a run is slow because Numba is broken, and nobody learns of it."""
     monkeypatch.setattr(room, "probe", lambda module, batch, device, name: 1.0)
-    monkeypatch.setattr(room.kernels, "multiplies", lambda: True)
+    monkeypatch.setattr(room.kernels, "multiplies", lambda dtype: True)
     settings = TrainConfig(steps=10, precision="bfloat16")
     config = CONFIG.changed(d_model=64, n_heads=2)
     ours, compiled = "Thinker's own for attention (products by", settings.model_copy(update={"compile": "on"})
@@ -53,9 +53,9 @@ def test_what_kernels_there_are_is_said(monkeypatch):
         (None, compiled, "tiles), weights' gradients, activations and the loss"),
         ("OSError: no room", settings, "torch's alone, for want of Thinker's own (OSError: no room)"),
     ):
-        monkeypatch.setattr(room.kernels, "hindrance", lambda why=hindrance: why)
+        monkeypatch.setattr(room.kernels, "hindrance", lambda dtype, why=hindrance: why)
         monkeypatch.setattr(room.kernels, "form", lambda why=hindrance: "none" if why else "tiles")
-        monkeypatch.setattr(room.kernels, "is_available", lambda why=hindrance: why is None)
+        monkeypatch.setattr(room.kernels, "is_available", lambda dtype, why=hindrance: why is None)
         decisions = decide(run, NextTokenLoss(ThinkerLM(config)), one_row(), "cpu")
         (reason,) = (reason for reason in decisions.reasons if reason.startswith("kernels: "))
         assert reason.endswith(said)
@@ -86,8 +86,8 @@ def test_compiling_must_repay_more_beside_kernels(monkeypatch, seconds, there, c
     """Bug: a compiler is waited for that saves less than it takes, or never taken where there are kernels."""
     monkeypatch.setattr(room, "probe", lambda *_: seconds / 1000 / 8)
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/g++")
-    monkeypatch.setattr(room.kernels, "multiplies", lambda: True)
-    monkeypatch.setattr(room.kernels, "is_available", lambda: there)
+    monkeypatch.setattr(room.kernels, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(room.kernels, "is_available", lambda dtype: there)
     run = TrainConfig(steps=1000, precision="bfloat16")
     assert decide(run, NextTokenLoss(ThinkerLM(CONFIG)), one_row(), "cpu").compile is compiled
 

@@ -12,7 +12,7 @@ from thinker.fused import kernels, weights
 from thinker.linear import Linear
 
 # Where there should be kernels and are none, these tests fail.
-by_tiles = pytest.mark.skipif(not (kernels.multiplies() and TILES), reason="this processor has no tiles")
+by_tiles = pytest.mark.skipif(not (kernels.multiplies(torch.bfloat16) and TILES), reason="this processor has no tiles")
 
 EPS = torch.finfo(torch.float32).eps
 

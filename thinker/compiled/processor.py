@@ -23,6 +23,8 @@ CONVERTS = MACHINE == "aarch64" or _FEATURES.get("f16c", False)
 # Bytes that are worth fetching long before they are used: what a core's own cache has room for beside other things, or
 # all, as on AMD's, where what falls out of that one stays near.
 FETCHED = 1 << 24 if binding.get_host_cpu_name().startswith("znver") else 1 << 19
+# One instruction multiplies eight pairs of float32 numbers and adds them to others, rounding once.
+JOINS_PRODUCTS = PAIRS and _FEATURES.get("fma", False)
 # One instruction multiplies matrices of bfloat16, 16 by 32 times 32 by 16; or 32 pairs, which it adds up in twos.
 TILES = _FEATURES.get("amx-bf16", False)
 PAIRS_OF_BFLOAT16 = _FEATURES.get("avx512bf16", False)

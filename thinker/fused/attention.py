@@ -1,4 +1,4 @@
-"""Causal attention for training in bfloat16, as one operation that torch can compile around.
+"""Causal attention for training, as one operation that torch can compile around.
 
 Here is what torch sees, and the record that tells the kernels what to do; what they do is in `attention_kernels.py`.
 """
@@ -8,6 +8,7 @@ Here is what torch sees, and the record that tells the kernels what to do; what 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import cache
 
 import numpy as np
@@ -36,12 +37,12 @@ TASK = np.dtype(
 
 def serves(q: Tensor) -> bool:
     """Whether these queries (B, H, T, head_dim) can attend here, and are not padding for the most part."""
-    return q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.shape[2] > BLOCK // 2 and fits(q.shape[-1])
+    return q.shape[2] > BLOCK // 2 and fits(q.shape[-1]) and kernels.serve(q)
 
 
 def fits(width: int) -> bool:
-    """Whether heads of this width can attend here, in bfloat16."""
-    return width % BLOCK == 0 and kernels.is_available()
+    """Whether heads of this width can attend here."""
+    return width % BLOCK == 0
 
 
 def attend(
@@ -51,7 +52,8 @@ def attend(
     starts: Tensor | None = None,
     rotation: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Causal attention of q (B, H, T, head_dim) over k and v (B, G, T, head_dim), all bfloat16: (B, H, T, head_dim).
+    """Causal attention of q (B, H, T, head_dim) over k and v (B, G, T, head_dim), all bfloat16 or float32: (B, H, T,
+    head_dim).
 
     starts (B, T), whole numbers that never fall: the first position that each query sees, where that isn't 0. rotation:
     cosines and sines (1 or B, 1, T, head_dim / 2) in float32, by which q and k are turned first.
@@ -128,7 +130,7 @@ def _padded(length: int) -> int:
 
 
 def _perform(
-    kernel: Kernel,
+    either: Mapping[torch.dtype, Kernel],
     views: dict[str, Tensor],
     starts: Tensor | None,
     cos: Tensor | None,
@@ -136,14 +138,15 @@ def _perform(
     tops: Tensor,
     totals: Tensor,
 ) -> None:
-    """Have a kernel done by all of torch's threads."""
-    B, H, T, width = views["q"].shape
+    """Have the kernel for such numbers done by all of torch's threads."""
+    q = views["q"]
+    B, H, T, width = q.shape
     G, padded = views["k"].shape[1], _padded(T)
     firsts = torch.zeros(B, padded, dtype=torch.int32)
     if starts is not None:
         firsts[:, :T] = starts
     angles = [torch.empty(0) if part is None else part.contiguous() for part in (cos, sin)]
-    places, size = _places(padded, width)
+    places, size = _places(padded, width, q.itemsize)
     numbers = {
         "items": B * G,
         "length": T,
@@ -163,20 +166,20 @@ def _perform(
     }
     whole = {name: kernels.along(x) for name, x in views.items()}
     fields = {name: (x.data_ptr(), *x.stride()[:3]) for name, x in whole.items()}
-    kernels.perform(kernel, TASK, numbers | places | fields, size, B * G)
+    kernels.perform(either[q.dtype], TASK, numbers | places | fields, size, B * G)
 
 
 @cache
-def _places(padded: int, width: int) -> tuple[dict[str, int], int]:
-    """Where a thread has what, and how many bytes that takes in all."""
+def _places(padded: int, width: int, size: int) -> tuple[dict[str, int], int]:
+    """Where a thread has what, numbers of so many bytes, and how many bytes that takes in all."""
     rows, words = padded * width, (padded + 2 * BLOCK) * width
     block = max(BLOCK * padded, PIECE * PIECE)
     sizes = {
-        **dict.fromkeys(("rows", "values", "paired_q", "paired_y"), 2 * rows),
-        **dict.fromkeys(("keys", "flat", "turned_q", "turned_y"), 2 * words),
+        **dict.fromkeys(("rows", "values", "paired_q", "paired_y"), size * rows),
+        **dict.fromkeys(("keys", "flat", "turned_q", "turned_y"), size * words),
         **dict.fromkeys(("q_rows", "k_sums", "v_sums"), 4 * rows),
         **dict.fromkeys(("scores", "grads"), 4 * block),
-        **dict.fromkeys(("weights", "errors", "paired"), 2 * block),
+        **dict.fromkeys(("weights", "errors", "paired"), size * block),
         "inner": 4 * padded,
         "sums": 4 * BLOCK * width,
         "q_sums": 4 * words,

@@ -17,7 +17,6 @@ from ..compiled.vectors import (
     FLOATS,
     INT,
     LANES,
-    SHORT,
     WORD,
     WORDS,
     fma,
@@ -29,15 +28,15 @@ from ..compiled.vectors import (
     spread,
     store,
 )
-from .narrow import power_of_two, read, rounded, widened, write
+from .numbers import Numbers
 
 
-def _turning(back: bool) -> Any:
+def turning(numbers: Numbers, back: bool) -> Any:
     """RoPE for a row whose two halves turn together: see `attention.rotate`."""
 
     @intrinsic
     def turned(typing, source, width, cos, to_sin, factor, target):  # type: ignore[no-untyped-def]
-        """A row, times a number, turned on (of bfloat16) or back (of float32), in bfloat16.
+        """A row, times a number, turned on, or back (of float32).
 
         The sines lie so many bytes behind the cosines.
         """
@@ -49,7 +48,7 @@ def _turning(back: bool) -> Any:
             def at(place):  # type: ignore[no-untyped-def]
                 if back:
                     return load(builder, pointer(builder, source, FLOAT, place))
-                return read(builder, source, place)
+                return numbers.read(builder, source, place)
 
             def some(c, _):  # type: ignore[no-untyped-def]
                 other = builder.add(c, half)
@@ -60,7 +59,7 @@ def _turning(back: bool) -> Any:
                 first = builder.fsub(builder.fmul(a, cosine), builder.fmul(b, sine))
                 second = builder.fadd(builder.fmul(b, cosine), builder.fmul(a, sine))
                 for value, place in ((first, c), (second, other)):
-                    write(builder, builder.fmul(value, scale), target, place)
+                    numbers.write(builder, builder.fmul(value, scale), target, place)
                 return []
 
             loop(builder, INT(0), half, LANES, [], some)
@@ -71,106 +70,127 @@ def _turning(back: bool) -> Any:
     return turned
 
 
-turned, turned_back = _turning(back=False), _turning(back=True)
+def dividing(numbers: Numbers) -> Any:
+    """For an output's gradients."""
+
+    @intrinsic
+    def divided(typing, upstream, y, width, share, target, inner):  # type: ignore[no-untyped-def]
+        """A row of gradients times a number, and its product with another row, times that number as well."""
+
+        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            upstream, y, width, share, target, inner = arguments
+            scale = spread(builder, share)
+
+            def some(c, sums):  # type: ignore[no-untyped-def]
+                grad, other = (numbers.read(builder, x, c) for x in (upstream, y))
+                numbers.write(builder, builder.fmul(grad, scale), target, c)
+                return [fma(builder, grad, other, sums[0])]
+
+            (sums,) = loop(builder, INT(0), width, LANES, [same(FLOATS, 0.0)], some)
+            total = builder.fmul(folded(builder, sums, ir.IRBuilder.fadd), share)
+            builder.store(total, pointer(builder, inner, FLOAT))
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 3, types.float32, *[types.int64] * 2), generate
+
+    return divided
 
 
-@intrinsic
-def divided(typing, upstream, y, width, share, target, inner):  # type: ignore[no-untyped-def]
-    """A row of gradients times a number, in bfloat16, and its product with another row, times that number as well."""
+def softening(numbers: Numbers) -> Any:
+    """For a query's scores."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        upstream, y, width, share, target, inner = arguments
-        scale = spread(builder, share)
+    @intrinsic
+    def soften(typing, scores, first, end, columns, factor, weights, top, total):  # type: ignore[no-untyped-def]
+        """A query's scores from `first` to `end` become weights 2^(factor * (score - largest)), others zeros.
 
-        def some(c, sums):  # type: ignore[no-untyped-def]
-            grad, other = (read(builder, x, c) for x in (upstream, y))
-            write(builder, builder.fmul(grad, scale), target, c)
-            return [fma(builder, grad, other, sums[0])]
+        factor times the largest score, and the sum of the rounded weights, go to the addresses `top` and `total`.
+        """
 
-        (sums,) = loop(builder, INT(0), width, LANES, [same(FLOATS, 0.0)], some)
-        total = builder.fmul(folded(builder, sums, ir.IRBuilder.fadd), share)
-        builder.store(total, pointer(builder, inner, FLOAT))
-        return context.get_dummy_value()
+        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            scores, first, end, columns, factor, weights, top, total = arguments
+            source, target = pointer(builder, scores, FLOAT), pointer(builder, weights, numbers.element)
+            limits = [spread(builder, builder.trunc(limit, WORD)) for limit in (first, end)]
 
-    return types.void(*[types.int64] * 3, types.float32, *[types.int64] * 2), generate
+            def inside(c):  # type: ignore[no-untyped-def]
+                places = numbered(builder, c)
+                return builder.and_(
+                    builder.icmp_signed(">=", places, limits[0]), builder.icmp_signed("<", places, limits[1])
+                )
 
+            def look(c, tops):  # type: ignore[no-untyped-def]
+                most = larger(builder, load(builder, builder.gep(source, [c])), tops[0])
+                return [builder.select(inside(c), most, tops[0])]
 
-@intrinsic
-def soften(typing, scores, first, end, columns, factor, weights, top, total):  # type: ignore[no-untyped-def]
-    """A query's scores from `first` to `end` become weights 2^(factor * (score - largest)) in bfloat16, others zeros.
+            (tops,) = loop(builder, INT(0), columns, LANES, [same(FLOATS, float("-inf"))], look)
+            most, scale = builder.fmul(folded(builder, tops, larger), factor), spread(builder, factor)
+            below = builder.fneg(spread(builder, most))
 
-    factor times the largest score, and the sum of the rounded weights, go to the addresses `top` and `total`.
-    """
+            def weigh(c, sums):  # type: ignore[no-untyped-def]
+                power = numbers.power_of_two(
+                    builder, fma(builder, load(builder, builder.gep(source, [c])), scale, below)
+                )
+                bits = numbers.rounded(builder, builder.select(inside(c), power, same(FLOATS, 0.0)))
+                store(builder, bits, builder.gep(target, [c]))
+                return [builder.fadd(sums[0], numbers.widened(builder, bits))]
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        scores, first, end, columns, factor, weights, top, total = arguments
-        source, target = pointer(builder, scores, FLOAT), pointer(builder, weights, SHORT)
-        limits = [spread(builder, builder.trunc(limit, WORD)) for limit in (first, end)]
+            (sums,) = loop(builder, INT(0), columns, LANES, [same(FLOATS, 0.0)], weigh)
+            builder.store(most, pointer(builder, top, FLOAT))
+            builder.store(folded(builder, sums, ir.IRBuilder.fadd), pointer(builder, total, FLOAT))
+            return context.get_dummy_value()
 
-        def inside(c):  # type: ignore[no-untyped-def]
-            places = numbered(builder, c)
-            return builder.and_(
-                builder.icmp_signed(">=", places, limits[0]), builder.icmp_signed("<", places, limits[1])
-            )
+        return types.void(*[types.int64] * 4, types.float32, *[types.int64] * 3), generate
 
-        def look(c, tops):  # type: ignore[no-untyped-def]
-            most = larger(builder, load(builder, builder.gep(source, [c])), tops[0])
-            return [builder.select(inside(c), most, tops[0])]
-
-        (tops,) = loop(builder, INT(0), columns, LANES, [same(FLOATS, float("-inf"))], look)
-        most, scale = builder.fmul(folded(builder, tops, larger), factor), spread(builder, factor)
-        below = builder.fneg(spread(builder, most))
-
-        def weigh(c, sums):  # type: ignore[no-untyped-def]
-            power = power_of_two(builder, fma(builder, load(builder, builder.gep(source, [c])), scale, below))
-            bits = rounded(builder, builder.select(inside(c), power, same(FLOATS, 0.0)))
-            store(builder, bits, builder.gep(target, [c]))
-            return [builder.fadd(sums[0], widened(builder, bits))]
-
-        (sums,) = loop(builder, INT(0), columns, LANES, [same(FLOATS, 0.0)], weigh)
-        builder.store(most, pointer(builder, top, FLOAT))
-        builder.store(folded(builder, sums, ir.IRBuilder.fadd), pointer(builder, total, FLOAT))
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4, types.float32, *[types.int64] * 3), generate
+    return soften
 
 
-@intrinsic
-def weigh_again(typing, scores, grads, columns, key, query, factor, starts, tops, inner, weights, errors, paired):  # type: ignore[no-untyped-def]
-    """Scores of two keys with many queries, and their weights' gradients, to weights and the scores' gradients.
+def weighing(numbers: Numbers) -> Any:
+    """The same again, for two keys, on the way back."""
 
-    `scores` and `grads` are float32 (2, columns), `weights` and `errors` bfloat16; `paired` is the latter interleaved.
-    `starts`, `tops` and `inner` are the queries', from `query` on, who see what lies between their start and them.
-    """
+    @intrinsic
+    def weigh_again(typing, scores, grads, columns, key, query, factor, starts, tops, inner, weights, errors, paired):  # type: ignore[no-untyped-def]
+        """Scores of two keys with many queries, and their weights' gradients, to weights and the scores' gradients.
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        scores, grads, columns, key, query, factor, starts, tops, inner, weights, errors, paired = arguments
-        scale = spread(builder, factor)
-        keys = [spread(builder, builder.trunc(builder.add(key, INT(row)), WORD)) for row in range(2)]
+        `scores` and `grads` are float32 (2, columns); `paired` is `errors` interleaved, where pairs are multiplied.
+        `starts`, `tops` and `inner` are the queries', from `query` on, who see what lies between their start and them.
+        """
 
-        def some(c, _):  # type: ignore[no-untyped-def]
-            below = builder.fneg(load(builder, pointer(builder, tops, FLOAT, c)))
-            taken = load(builder, pointer(builder, inner, FLOAT, c))
-            queries, firsts = numbered(builder, builder.add(query, c)), load(builder, pointer(builder, starts, WORD, c))
-            halves = []
-            for row, place in enumerate((c, builder.add(c, columns))):
-                score, grad = (load(builder, pointer(builder, part, FLOAT, place)) for part in (scores, grads))
-                power = power_of_two(builder, fma(builder, score, scale, below))
-                begun = builder.icmp_signed("<=", firsts, keys[row])
-                seen = builder.and_(begun, builder.icmp_signed("<=", keys[row], queries))
-                weight = rounded(builder, builder.select(seen, power, same(FLOATS, 0.0)))
-                error = rounded(builder, builder.fmul(widened(builder, weight), builder.fsub(grad, taken)))
-                store(builder, weight, pointer(builder, weights, SHORT, place))
-                store(builder, error, pointer(builder, errors, SHORT, place))
-                halves.append(builder.zext(error, WORDS))
-            both = builder.or_(halves[0], builder.shl(halves[1], same(WORDS, 16)))
-            store(builder, both, pointer(builder, paired, WORD, c))
-            return []
+        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            scores, grads, columns, key, query, factor, starts, tops, inner, weights, errors, paired = arguments
+            scale = spread(builder, factor)
+            keys = [spread(builder, builder.trunc(builder.add(key, INT(row)), WORD)) for row in range(2)]
 
-        loop(builder, INT(0), columns, LANES, [], some)
-        return context.get_dummy_value()
+            def some(c, _):  # type: ignore[no-untyped-def]
+                below = builder.fneg(load(builder, pointer(builder, tops, FLOAT, c)))
+                taken = load(builder, pointer(builder, inner, FLOAT, c))
+                queries, firsts = (
+                    numbered(builder, builder.add(query, c)),
+                    load(builder, pointer(builder, starts, WORD, c)),
+                )
+                errors_of_both = []
+                for row, place in enumerate((c, builder.add(c, columns))):
+                    score, grad = (load(builder, pointer(builder, part, FLOAT, place)) for part in (scores, grads))
+                    power = numbers.power_of_two(builder, fma(builder, score, scale, below))
+                    begun = builder.icmp_signed("<=", firsts, keys[row])
+                    seen = builder.and_(begun, builder.icmp_signed("<=", keys[row], queries))
+                    weight = numbers.rounded(builder, builder.select(seen, power, same(FLOATS, 0.0)))
+                    error = numbers.rounded(
+                        builder, builder.fmul(numbers.widened(builder, weight), builder.fsub(grad, taken))
+                    )
+                    store(builder, weight, pointer(builder, weights, numbers.element, place))
+                    store(builder, error, pointer(builder, errors, numbers.element, place))
+                    errors_of_both.append(error)
+                if numbers.size == 2:
+                    first, second = (builder.zext(error, WORDS) for error in errors_of_both)
+                    both = builder.or_(first, builder.shl(second, same(WORDS, 16)))
+                    store(builder, both, pointer(builder, paired, WORD, c))
+                return []
 
-    return types.void(*[types.int64] * 5, types.float32, *[types.int64] * 6), generate
+            loop(builder, INT(0), columns, LANES, [], some)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 5, types.float32, *[types.int64] * 6), generate
+
+    return weigh_again
 
 
 def numbered(builder: ir.IRBuilder, first: ir.Value) -> ir.Value:

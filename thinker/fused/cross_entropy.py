@@ -1,4 +1,4 @@
-"""A softmax's cross-entropy and its gradient in bfloat16, as one operation that torch can compile around."""
+"""A softmax's cross-entropy and its gradient, as one operation that torch can compile around."""
 
 # N rows, V vocabulary
 
@@ -18,7 +18,7 @@ TASK = np.dtype([(name, np.int64) for name in (*kernels.SHARED, "rows", "columns
 
 def serves(logits: Tensor) -> bool:
     """Whether these logits (N, V) can be taken here."""
-    return logits.dtype == torch.bfloat16 and logits.device.type == "cpu" and kernels.is_available()
+    return kernels.serve(logits)
 
 
 def losses(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
@@ -39,7 +39,7 @@ def _take_softmax(logits: Tensor, targets: Tensor, ignored: int) -> tuple[Tensor
     addresses = {name: x.data_ptr() for name, x in zip(_ADDRESSES, whole, strict=True)}
     N, V = logits.shape
     fields = {"rows": N, "columns": V, "ignored": ignored, **addresses}
-    kernels.perform(kernels.take_softmax, TASK, fields, 4 * (V + LANES))
+    kernels.perform(kernels.take_softmax[logits.dtype], TASK, fields, 4 * (V + LANES))
     return results
 
 

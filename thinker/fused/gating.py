@@ -1,6 +1,8 @@
-"""SwiGLU's activation in bfloat16, silu(gate) * up, as one operation that torch can compile around."""
+"""SwiGLU's activation, silu(gate) * up, as one operation that torch can compile around."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -16,14 +18,8 @@ TASK = np.dtype([(name, np.int64) for name in (*kernels.SHARED, "vectors", *_ADD
 
 
 def serves(gate: Tensor) -> bool:
-    """Whether this gate (…, F) is one of a training in bfloat16 on such a processor."""
-    return (
-        gate.requires_grad
-        and gate.dtype == torch.bfloat16
-        and gate.device.type == "cpu"
-        and gate.shape[-1] % LANES == 0
-        and kernels.is_available()
-    )
+    """Whether this gate (…, F) is one of a training that can be done here."""
+    return gate.requires_grad and gate.shape[-1] % LANES == 0 and kernels.serve(gate)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::gate", mutates_args=())
@@ -63,7 +59,8 @@ def _differentiate(ctx, y_grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignor
 gated.register_autograd(_differentiate, setup_context=_keep)
 
 
-def _perform(kernel: Kernel, **tensors: Tensor) -> None:
+def _perform(either: Mapping[torch.dtype, Kernel], **tensors: Tensor) -> None:
     whole = {name: x.contiguous() for name, x in tensors.items()}
     addresses = {name: x.data_ptr() for name, x in whole.items()}
-    kernels.perform(kernel, TASK, {"vectors": whole["gate"].numel() // LANES, **addresses})
+    gate = whole["gate"]
+    kernels.perform(either[gate.dtype], TASK, {"vectors": gate.numel() // LANES, **addresses})

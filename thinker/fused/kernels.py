@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..compiled.library import Kernel
-from ..compiled.processor import PAIRS_OF_BFLOAT16, TILES
+from ..compiled.processor import JOINS_PRODUCTS, PAIRS_OF_BFLOAT16, TILES
 
 NAMESPACE = "thinker"  # of operations, for torch
 SHARED = "parts", "scratch", "step_scratch"  # how a task is cut, the first part's own memory, bytes to the next one's
@@ -26,23 +26,28 @@ def _kernel(module: str, name: str, arguments: int = 2) -> Kernel:
     return Kernel(f"thinker.fused.{module}", name, arguments, SOURCES)
 
 
-attend_forward, attend_backward = (_kernel("attention_kernels", name) for name in ("forward", "backward"))
-gate_forward, gate_backward = (_kernel("gating_kernels", name) for name in ("forward", "backward"))
-norm_forward, norm_backward = (_kernel("norm_kernels", name) for name in ("forward", "backward"))
-take_softmax = _kernel("cross_entropy_kernels", "take_softmax")
+def _both(module: str, name: str) -> dict[torch.dtype, Kernel]:
+    """By the type of its numbers."""
+    return {torch.bfloat16: _kernel(module, f"{name}_narrow"), torch.float32: _kernel(module, f"{name}_wide")}
+
+
+attend_forward, attend_backward = (_both("attention_kernels", name) for name in ("forward", "backward"))
+gate_forward, gate_backward = (_both("gating_kernels", name) for name in ("forward", "backward"))
+norm_forward, norm_backward = (_both("norm_kernels", name) for name in ("forward", "backward"))
+take_softmax = _both("cross_entropy_kernels", "take_softmax")
 add_products = _kernel("weights_kernels", "add_products")
 fork = _kernel("threads", "fork", 6)
-KERNELS = (
-    attend_forward,
-    attend_backward,
-    gate_forward,
-    gate_backward,
-    norm_forward,
-    norm_backward,
-    take_softmax,
-    add_products,
-    fork,
-)
+EITHER = attend_forward, attend_backward, gate_forward, gate_backward, norm_forward, norm_backward, take_softmax
+# What a training wants whose products are of such numbers. Norms are of float32 in the other one too.
+KERNELS = {
+    torch.bfloat16: (
+        *(kernel[torch.bfloat16] for kernel in EITHER),
+        *(kernel[torch.float32] for kernel in (norm_forward, norm_backward)),
+        *((add_products,) if TILES else ()),
+        fork,
+    ),
+    torch.float32: (*(kernel[torch.float32] for kernel in EITHER), fork),
+}
 
 LINE = 64  # bytes
 STEP = 32  # rows, columns and inputs of products are multiples of it
@@ -52,22 +57,27 @@ ARCH_PRCTL, ASK_FOR_STATE, TILE_DATA = 158, 0x1023, 18  # of Linux on x86-64
 
 def form() -> Literal["tiles", "pairs", "none"]:
     """What this process multiplies bfloat16 with."""
-    if hindrance() is not None:
+    if hindrance(torch.bfloat16) is not None:
         return "none"
     return "tiles" if TILES else "pairs"
 
 
+def numbers() -> torch.dtype:
+    """What is fastest in training on this processor, and has kernels: bfloat16 if it multiplies that, else float32."""
+    return torch.bfloat16 if multiplies(torch.bfloat16) else torch.float32
+
+
 @cache
-def hindrance() -> str | None:
-    """Why there are no kernels here, or none if there are. The first time on a machine they are compiled."""
-    if not multiplies():
-        return "this processor has no products of bfloat16, or its system isn't Linux"
+def hindrance(dtype: torch.dtype) -> str | None:
+    """Why there are no kernels for such numbers, or none if there are. The first time they are compiled."""
+    if not multiplies(dtype):
+        return f"this processor has no products of {str(dtype).removeprefix('torch.')}, or its system isn't Linux"
     # The system keeps a thread's tiles only for processes that have asked.
-    if TILES and ctypes.CDLL(None).syscall(ARCH_PRCTL, ASK_FOR_STATE, TILE_DATA) != 0:
+    if dtype == torch.bfloat16 and TILES and ctypes.CDLL(None).syscall(ARCH_PRCTL, ASK_FOR_STATE, TILE_DATA) != 0:
         return "the system keeps no tiles for this process"
     try:
         threads()
-        for kernel in KERNELS:
+        for kernel in KERNELS[dtype]:
             kernel.prepare()
     except Exception as error:
         # Whatever goes wrong in here is Numba's, LLVM's, or a missing name's: the plain forms do the same, slower.
@@ -76,9 +86,17 @@ def hindrance() -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def is_available() -> bool:
-    """Whether there are kernels for this processor; the first time they are compiled, in some seconds."""
-    return form() != "none"
+def is_available(dtype: torch.dtype) -> bool:
+    """Whether there are kernels for such numbers here; the first time they are compiled, in some seconds."""
+    return hindrance(dtype) is None
+
+
+def serve(x: Tensor, wide: bool = False) -> bool:
+    """Whether kernels are for these numbers: on a processor, those it trains in, or if `wide`, float32 beside them."""
+    if x.device.type != "cpu":
+        return False
+    dtype = torch.get_autocast_dtype("cpu") if wide and torch.is_autocast_enabled("cpu") else x.dtype
+    return dtype == numbers() and x.dtype in (dtype, torch.float32) and is_available(dtype)
 
 
 def along(x: Tensor) -> Tensor:
@@ -93,7 +111,6 @@ def perform(
 
     Each has so many bytes of scratch memory.
     """
-    assert is_available(), "whoever calls this asks before"
     parts = min(torch.get_num_threads(), most or sys.maxsize)
     step = -(-scratch // LINE) * LINE
     memory = torch.empty(parts * step + LINE, dtype=torch.uint8)
@@ -105,14 +122,15 @@ def perform(
     fork(*threads(), kernel.prepare(), task.ctypes.data, parts)
 
 
-def multiplies() -> bool:
-    """Whether this processor has instructions for products of bfloat16, on a system whose threads are known here."""
-    return sys.platform == "linux" and platform.machine() == "x86_64" and PAIRS_OF_BFLOAT16
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether this processor has instructions for such numbers' products, on a system whose threads are known here."""
+    able = {torch.bfloat16: PAIRS_OF_BFLOAT16, torch.float32: JOINS_PRODUCTS}.get(dtype, False)
+    return sys.platform == "linux" and platform.machine() == "x86_64" and able
 
 
-def are_kept() -> bool:
-    """Whether all have been compiled before."""
-    return all(kernel.is_kept for kernel in KERNELS)
+def are_kept(dtype: torch.dtype) -> bool:
+    """Whether all for such numbers have been compiled before."""
+    return all(kernel.is_kept for kernel in KERNELS[dtype])
 
 
 @cache

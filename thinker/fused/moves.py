@@ -20,7 +20,7 @@ from ..compiled.vectors import INT, LANES, SHORT, WORD, WORDS, load, loop, same,
 
 @njit(error_model="numpy")
 def padded_rows(source, step, count, size, W, to):  # type: ignore[no-untyped-def]
-    """Copy so many rows of bfloat16, `step` elements apart, one behind the other, and zeros up to `size` rows."""
+    """Copy so many rows of W pieces of two bytes, `step` pieces apart, one behind the other, and zeros up to `size`."""
     target = shorts(to, 0, size * W)
     for row in range(count):
         values = shorts(source, row * step, W)
@@ -38,6 +38,12 @@ def interleave(rows, step, size, W, to):  # type: ignore[no-untyped-def]
         target = words(to, pair * W, W)
         for i in range(W):
             target[i] = (np.int32(first[i]) & 0xFFFF) | (np.int32(second[i]) << 16)
+
+
+@njit(error_model="numpy")
+def side_by_side(rows, step, size, W, to):  # type: ignore[no-untyped-def]
+    """(size, W) of float32, `step` elements apart, one row behind the other."""
+    padded_rows(rows, 2 * step, size, size, 2 * W, to)
 
 
 @intrinsic

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ ROWS = 64  # whose shares of the scale's gradient are added up together, whateve
 
 VIEW = np.dtype([(name, np.int64) for name in ("data", "outer", "middle", "inner")])  # address, strides in elements
 VIEWS = ("x", "y", "y_grad", "x_grad")
-_COUNTS = "rows middle inner width narrow scale sums"
+_COUNTS = "rows middle inner width scale sums"
 TASK = np.dtype(
     [(name, np.int64) for name in (*kernels.SHARED, *_COUNTS.split())]
     + [(name, VIEW) for name in VIEWS]
@@ -28,16 +29,14 @@ TASK = np.dtype(
 
 
 def serves(x: Tensor, scale: Tensor) -> bool:
-    """Whether these rows (…, W), of four dimensions at most, are some of a training in bfloat16 on such a processor."""
+    """Whether these rows (…, W), of four dimensions at most, are some of a training that can be done here."""
     return (
         x.requires_grad
         and not torch.compiler.is_compiling()
-        and (x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and torch.is_autocast_enabled("cpu")))
-        and scale.dtype == torch.float32
-        and x.device.type == "cpu"
         and x.dim() <= 4
         and x.shape[-1] % LANES == 0
-        and kernels.is_available()
+        and scale.dtype == torch.float32
+        and kernels.serve(x, wide=True)
     )
 
 
@@ -81,7 +80,9 @@ def _differentiate(ctx, y_grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type:
 normed.register_autograd(_differentiate, setup_context=_keep)
 
 
-def _perform(kernel: Kernel, views: dict[str, Tensor], scale: Tensor, eps: float, sums: int = 0) -> None:
+def _perform(
+    either: Mapping[torch.dtype, Kernel], views: dict[str, Tensor], scale: Tensor, eps: float, sums: int = 0
+) -> None:
     deep = {name: kernels.along(x)[(None,) * (4 - x.dim())] for name, x in views.items()}
     outer, middle, inner, W = deep["x"].shape
     scale = scale.contiguous()
@@ -91,9 +92,8 @@ def _perform(kernel: Kernel, views: dict[str, Tensor], scale: Tensor, eps: float
         "middle": middle,
         "inner": inner,
         "width": W,
-        "narrow": deep["x"].dtype == torch.bfloat16,
         "scale": scale.data_ptr(),
         "sums": sums,
         "eps": eps,
     }
-    kernels.perform(kernel, TASK, numbers | fields)
+    kernels.perform(either[deep["x"].dtype], TASK, numbers | fields)

@@ -12,52 +12,18 @@ from numba.extending import intrinsic
 from ..compiled.memory import floats, pointer, view_of
 from ..compiled.shares import share
 from ..compiled.vectors import FLOAT, FLOATS, INT, LANES, fma, folded, load, loop, same, spread, store
-from .narrow import read as read_narrow
-from .narrow import write as write_narrow
 from .norm import ROWS, TASK
+from .numbers import NARROW, WIDE, Numbers
 
 tasks = view_of(from_dtype(TASK))
 
 
-def forward(address, part):  # type: ignore[no-untyped-def]
-    """A part of a task, of as many as there are threads."""
-    t = tasks(address, 0, 1)[0]
-    first, end = share(part, t.parts, t.rows)
-    for row in range(first, end):
-        x, y = place(t, t.x, row), place(t, t.y, row)
-        if t.narrow:
-            scaled_narrow(x, t.width, factor(t, squares_narrow(x, t.width)), t.scale, y)
-        else:
-            scaled(x, t.width, factor(t, squares(x, t.width)), t.scale, y)
-    return 0
-
-
-def backward(address, part):  # type: ignore[no-untyped-def]
-    """A part of a task, of as many as there are threads."""
-    t = tasks(address, 0, 1)[0]
-    first, end = share(part, t.parts, (t.rows + ROWS - 1) // ROWS)
-    for block in range(first, end):
-        sums = t.sums + 4 * block * t.width
-        total = floats(sums, 0, t.width)
-        for i in range(t.width):
-            total[i] = 0
-        for row in range(block * ROWS, min((block + 1) * ROWS, t.rows)):
-            x, y_grad, x_grad = place(t, t.x, row), place(t, t.y_grad, row), place(t, t.x_grad, row)
-            if t.narrow:
-                by = factor(t, squares_narrow(x, t.width))
-                differentiate_narrow(x, y_grad, t.width, t.scale, by, sums, x_grad)
-            else:
-                by = factor(t, squares(x, t.width))
-                differentiate(x, y_grad, t.width, t.scale, by, sums, x_grad)
-    return 0
-
-
 @njit(error_model="numpy", inline="always")
-def place(t, view, row):  # type: ignore[no-untyped-def]
-    """A row's address."""
+def place(t, view, row, size):  # type: ignore[no-untyped-def]
+    """A row's address, of numbers of so many bytes."""
     outer, rest = row // (t.middle * t.inner), row % (t.middle * t.inner)
     at = outer * view.outer + rest // t.inner * view.middle + rest % t.inner * view.inner
-    return view.data + at * (2 if t.narrow else 4)
+    return view.data + at * size
 
 
 @njit(error_model="numpy", inline="always")
@@ -66,17 +32,9 @@ def factor(t, squares):  # type: ignore[no-untyped-def]
     return np.float32(1) / np.sqrt(squares / np.float32(t.width) + t.eps)
 
 
-def _on_rows(narrow: bool) -> tuple[Any, ...]:
-    """What is done to a row of bfloat16, or of float32."""
-
-    def read(builder: ir.IRBuilder, address: ir.Value, i: ir.Value) -> ir.Value:
-        return read_narrow(builder, address, i) if narrow else load(builder, pointer(builder, address, FLOAT, i))
-
-    def write(builder: ir.IRBuilder, value: ir.Value, address: ir.Value, i: ir.Value) -> None:
-        if narrow:
-            write_narrow(builder, value, address, i)
-        else:
-            store(builder, value, pointer(builder, address, FLOAT, i))
+def _kernels(numbers: Numbers) -> tuple[Any, Any]:
+    """Forwards and back: a part of a task, of as many as there are threads."""
+    size = numbers.size
 
     @intrinsic
     def squares(typing, x, width):  # type: ignore[no-untyped-def]
@@ -86,7 +44,7 @@ def _on_rows(narrow: bool) -> tuple[Any, ...]:
             x, width = arguments
 
             def some(i, sums):  # type: ignore[no-untyped-def]
-                value = read(builder, x, i)
+                value = numbers.read(builder, x, i)
                 return [fma(builder, value, value, sums[0])]
 
             (sums,) = loop(builder, INT(0), width, LANES, [same(FLOATS, 0.0)], some)
@@ -103,8 +61,8 @@ def _on_rows(narrow: bool) -> tuple[Any, ...]:
             factor = spread(builder, factor)
 
             def some(i, _):  # type: ignore[no-untyped-def]
-                value = builder.fmul(read(builder, x, i), factor)
-                write(builder, builder.fmul(value, load(builder, pointer(builder, scale, FLOAT, i))), y, i)
+                value = builder.fmul(numbers.read(builder, x, i), factor)
+                numbers.write(builder, builder.fmul(value, load(builder, pointer(builder, scale, FLOAT, i))), y, i)
                 return []
 
             loop(builder, INT(0), width, LANES, [], some)
@@ -121,7 +79,7 @@ def _on_rows(narrow: bool) -> tuple[Any, ...]:
             factor = spread(builder, factor)
 
             def add(i, totals):  # type: ignore[no-untyped-def]
-                normed, grad = builder.fmul(read(builder, x, i), factor), read(builder, y_grad, i)
+                normed, grad = builder.fmul(numbers.read(builder, x, i), factor), numbers.read(builder, y_grad, i)
                 place = pointer(builder, sums, FLOAT, i)
                 store(builder, fma(builder, normed, grad, load(builder, place)), place)
                 grad = builder.fmul(grad, load(builder, pointer(builder, scale, FLOAT, i)))
@@ -132,9 +90,9 @@ def _on_rows(narrow: bool) -> tuple[Any, ...]:
             taken = builder.fneg(spread(builder, mean))
 
             def some(i, _):  # type: ignore[no-untyped-def]
-                normed, grad = builder.fmul(read(builder, x, i), factor), read(builder, y_grad, i)
+                normed, grad = builder.fmul(numbers.read(builder, x, i), factor), numbers.read(builder, y_grad, i)
                 grad = builder.fmul(grad, load(builder, pointer(builder, scale, FLOAT, i)))
-                write(builder, builder.fmul(fma(builder, normed, taken, grad), factor), x_grad, i)
+                numbers.write(builder, builder.fmul(fma(builder, normed, taken, grad), factor), x_grad, i)
                 return []
 
             loop(builder, INT(0), width, LANES, [], some)
@@ -142,8 +100,30 @@ def _on_rows(narrow: bool) -> tuple[Any, ...]:
 
         return types.void(*[types.int64] * 4, types.float32, *[types.int64] * 2), generate
 
-    return squares, scaled, differentiate
+    def forward(address, part):  # type: ignore[no-untyped-def]
+        t = tasks(address, 0, 1)[0]
+        first, end = share(part, t.parts, t.rows)
+        for row in range(first, end):
+            x, y = place(t, t.x, row, size), place(t, t.y, row, size)
+            scaled(x, t.width, factor(t, squares(x, t.width)), t.scale, y)
+        return 0
+
+    def backward(address, part):  # type: ignore[no-untyped-def]
+        t = tasks(address, 0, 1)[0]
+        first, end = share(part, t.parts, (t.rows + ROWS - 1) // ROWS)
+        for block in range(first, end):
+            sums = t.sums + 4 * block * t.width
+            total = floats(sums, 0, t.width)
+            for i in range(t.width):
+                total[i] = 0
+            for row in range(block * ROWS, min((block + 1) * ROWS, t.rows)):
+                x, y_grad = place(t, t.x, row, size), place(t, t.y_grad, row, size)
+                x_grad = place(t, t.x_grad, row, size)
+                differentiate(x, y_grad, t.width, t.scale, factor(t, squares(x, t.width)), sums, x_grad)
+        return 0
+
+    return forward, backward
 
 
-squares, scaled, differentiate = _on_rows(narrow=False)
-squares_narrow, scaled_narrow, differentiate_narrow = _on_rows(narrow=True)
+forward_narrow, backward_narrow = _kernels(NARROW)
+forward_wide, backward_wide = _kernels(WIDE)

@@ -16,10 +16,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ..compiled.memory import pointer
-from ..compiled.processor import TILES
-from ..compiled.vectors import BYTE, FLOAT, FLOATS, INT, LANES, WORD, llvm, load, loop, same, spread, store
+from ..compiled.processor import TILES, WIDE
+from ..compiled.vectors import BYTE, FLOAT, FLOATS, INT, LANES, WORD, fma, llvm, load, loop, same, spread, store
 from .kernels import STEP
-from .narrow import PAIRS
+from .numbers import PAIRS
 
 TILE_ROWS, TILE_BYTES = 16, 64
 TALL = 8  # rows whose sums fill the registers, beside two vectors of columns
@@ -45,7 +45,7 @@ def _by_tiles(builder, a, a_step, b, b_step, c, c_step, m, n, k, adds):  # type:
         to = at(builder, c, builder.mul(i, c_step), builder.mul(j, INT(4)))
         _add_tiles(builder, to, c_step, adds, k, STEP, operands)
 
-    _for_each_block(builder, m, n, STEP, block)
+    _for_each_block(builder, m, n, STEP, STEP, block)
 
 
 def _add_tiles(builder, to, step, adds, end, by, operands):  # type: ignore[no-untyped-def]
@@ -107,18 +107,47 @@ def _by_pairs(builder, a, a_step, b, b_step, c, c_step, m, n, k, adds):  # type:
         for total, place in zip(loop(builder, INT(0), k, 2, sums, inward), places, strict=True):
             store(builder, total, place)
 
-    _for_each_block(builder, m, n, TALL, block)
+    _for_each_block(builder, m, n, TALL, 2 * LANES, block)
 
 
-def _for_each_block(builder, m, n, rows, block):  # type: ignore[no-untyped-def]
-    """block(row, column) for every so many rows and every STEP columns."""
+def _by_floats(builder, a, a_step, b, b_step, c, c_step, m, n, k, adds):  # type: ignore[no-untyped-def]
+    """Blocks of some rows by one or two vectors of sums, of float32 throughout."""
+    rows, parts = (8, (0, LANES)) if WIDE else (4, (0,))
+
+    def block(i, j):  # type: ignore[no-untyped-def]
+        from_a, from_b = at(builder, a, builder.mul(i, a_step)), at(builder, b, builder.mul(j, INT(4)))
+        to = at(builder, c, builder.mul(i, c_step), builder.mul(j, INT(4)))
+        lines = [
+            builder.bitcast(builder.gep(to, [builder.mul(c_step, INT(i))]), FLOAT.as_pointer()) for i in range(rows)
+        ]
+        places = [builder.gep(line, [INT(part)]) for line in lines for part in parts]
+        sums = [builder.select(adds, load(builder, place), same(FLOATS, 0.0)) for place in places]
+
+        def inward(p, sums):  # type: ignore[no-untyped-def]
+            right = builder.bitcast(builder.gep(from_b, [builder.mul(p, b_step)]), FLOAT.as_pointer())
+            columns = [load(builder, builder.gep(right, [INT(part)])) for part in parts]
+            results, totals = [], iter(sums)
+            for row in range(rows):
+                left = builder.gep(from_a, [builder.add(builder.mul(a_step, INT(row)), builder.mul(p, INT(4)))])
+                left = spread(builder, builder.load(builder.bitcast(left, FLOAT.as_pointer())))
+                results += [fma(builder, left, column, next(totals)) for column in columns]
+            return results
+
+        for total, place in zip(loop(builder, INT(0), k, 1, sums, inward), places, strict=True):
+            store(builder, total, place)
+
+    _for_each_block(builder, m, n, rows, len(parts) * LANES, block)
+
+
+def _for_each_block(builder, m, n, rows, columns, block):  # type: ignore[no-untyped-def]
+    """block(row, column) for every so many rows and columns."""
 
     def down(i, _):  # type: ignore[no-untyped-def]
         def across(j, _):  # type: ignore[no-untyped-def]
             block(i, j)
             return []
 
-        loop(builder, INT(0), n, STEP, [], across)
+        loop(builder, INT(0), n, columns, [], across)
         return []
 
     loop(builder, INT(0), m, rows, [], down)
@@ -140,7 +169,7 @@ def _product(form: Any) -> Any:
 
 
 by_tiles, by_pairs = _product(_by_tiles), _product(_by_pairs)
-multiply = by_tiles if TILES else by_pairs
+multiply_narrow, multiply_wide = by_tiles if TILES else by_pairs, _product(_by_floats)
 
 
 @intrinsic

@@ -36,7 +36,7 @@ def serves(x: Tensor, weight: Tensor) -> bool:
         and (weight.dim() > 2 or tokens % STEP == 0)
         and all(size % STEP == 0 for size in weight.shape[-2:])
         and TILES
-        and kernels.is_available()
+        and kernels.is_available(torch.bfloat16)
     )
 
 

@@ -112,8 +112,8 @@ def decide(
         else:
             reasons.append(f"float32: this processor emulates bfloat16, {bfloat16_cost():.1f} times the time a product")
 
-    multiplies = precision == "bfloat16" and device == "cpu" and kernels.multiplies()
-    pays_after = BESIDE_KERNELS if multiplies and kernels.is_available() else COMPILE_PAYS_AFTER
+    own = device == "cpu" and DTYPES[precision] == kernels.numbers() and kernels.multiplies(kernels.numbers())
+    pays_after = BESIDE_KERNELS if own and kernels.is_available(kernels.numbers()) else COMPILE_PAYS_AFTER
     limit_steps, limit_seconds = run.limit
     ahead = limit_seconds if limit_seconds is not None else (limit_steps or 0) * seconds
     hindrance = None
@@ -132,17 +132,19 @@ def decide(
         compiled = run.compile == "on"
         if compiled and hindrance is not None:
             raise ValueError(f"compile is 'on', but {hindrance}: use --compile off")
-    if multiplies:
+    if own:
         reasons.append(own_kernels(module.model.config.head_width, compiled))
     return Decisions(device, precision, compiled, threads, seconds, tuple(reasons), versions())
 
 
 def own_kernels(head_width: int, compiled: bool) -> str:
     """What is done by kernels of `fused/` on a processor for which there are some."""
-    if kernels.hindrance() is not None:
-        return f"kernels: torch's alone, for want of Thinker's own ({kernels.hindrance()})"
+    hindrance = kernels.hindrance(kernels.numbers())
+    if hindrance is not None:
+        return f"kernels: torch's alone, for want of Thinker's own ({hindrance})"
+    products = "" if kernels.form() == "none" else f" (products by {kernels.form()})"
     parts = {
-        f"attention (products by {kernels.form()})": attention.fits(head_width),
+        f"attention{products}": attention.fits(head_width),
         "norms": not compiled,
         "weights' gradients": kernels.form() == "tiles",
         "activations": True,

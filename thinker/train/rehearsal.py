@@ -222,7 +222,7 @@ def _forms_of(accelerator: bool) -> Iterator[None]:
     """Inside the block, for an accelerator, nothing is chosen that is there for processors alone."""
     before = attention.trains_on_processor, kernels.is_available
     if accelerator:
-        attention.trains_on_processor, kernels.is_available = (lambda q: False), (lambda: False)
+        attention.trains_on_processor, kernels.is_available = (lambda q: False), (lambda dtype: False)
     try:
         yield
     finally:

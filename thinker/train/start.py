@@ -69,7 +69,7 @@ def begin(config: ThinkerConfig, settings: TrainConfig, given: set[str], say: Sa
         take_over(senses, found.taught.config, found.taught.tensors)
     batches = batches_of(corpus, settings, config, say)
     one_row = tuple(torch.from_numpy(part[:1]).to(device) for part in batches.batch(0))
-    if device == "cpu" and settings.precision != "float32" and kernels.multiplies() and not kernels.are_kept():
+    if device == "cpu" and kernels.multiplies(kernels.numbers()) and not kernels.are_kept(kernels.numbers()):
         say("compiling kernels for this processor, some six seconds, once")
     decisions = decide(settings, loss_of(model, senses, corpus, settings), one_row, device)
     config, settings, decisions = with_recipe(config, settings, decisions, fixed, choices, batches)

@@ -1,0 +1,43 @@
+"""Kernels of training compile for processors that this one isn't, where a missing instruction ends the process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+OTHERS = {
+    "haswell": "avx2 fma f16c",
+    "znver4": "avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512vnni avx512bf16",
+    "sapphirerapids": "avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512vnni avx512bf16 amx-tile amx-bf16",
+}
+
+COMPILE = """
+import importlib, os, platform, sys
+features = sys.argv[2].split()
+os.environ |= {"NUMBA_CPU_NAME": sys.argv[1], "NUMBA_CPU_FEATURES": ",".join(f"+{name}" for name in features)}
+from llvmlite import binding
+binding.get_host_cpu_features = lambda: dict.fromkeys(features, True)
+from thinker.compiled.library import compile_kernel
+from thinker.fused import kernels
+for kernel in kernels.KERNELS[kernels.numbers()]:
+    symbol, code = compile_kernel(getattr(importlib.import_module(kernel.module), kernel.name), kernel.arguments)
+    assert symbol and code
+print(kernels.numbers(), len(kernels.KERNELS[kernels.numbers()]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("haswell", "torch.float32 8\n"), ("znver4", "torch.bfloat16 10\n"), ("sapphirerapids", "torch.bfloat16 11\n")],
+)
+def test_all_kernels_compile(name: str, said: str) -> None:
+    """Bug: a kernel that is made of tiles is wanted where there are none: LLVM then ends the process."""
+    from llvmlite import binding
+
+    if not binding.get_default_triple().startswith("x86_64") or sys.platform != "linux":
+        pytest.skip("these kernels are for Linux on x86-64")
+    command = [sys.executable, "-c", COMPILE, name, OTHERS[name]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, said), done.stderr[-2000:]
