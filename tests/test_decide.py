@@ -77,19 +77,32 @@ def test_compiling_is_chosen_where_the_run_repays_it(monkeypatch, seconds, steps
     """Bug: a run of ten seconds compiles for half a minute."""
     monkeypatch.setattr(room, "probe", lambda *_: seconds / 8)
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/g++")
+    monkeypatch.setattr(room.kernels, "is_available", lambda dtype: False)
     run = TrainConfig(steps=steps, precision="float32")
     assert decide(run, NextTokenLoss(ThinkerLM(CONFIG)), one_row(), "cpu").compile is compiled
 
 
-@pytest.mark.parametrize(("seconds", "there", "compiled"), [(150, False, True), (150, True, False), (250, True, True)])
-def test_compiling_must_repay_more_beside_kernels(monkeypatch, seconds, there, compiled):
+@pytest.mark.parametrize(
+    ("precision", "seconds", "there", "compiled"),
+    [
+        ("bfloat16", 150, False, True),
+        ("bfloat16", 150, True, False),
+        ("bfloat16", 250, True, True),
+        ("float32", 150, False, True),
+        ("float32", 9_000, True, False),
+    ],
+)
+def test_compiling_must_repay_more_beside_kernels(monkeypatch, precision, seconds, there, compiled):
     """Bug: a compiler is waited for that saves less than it takes, or never taken where there are kernels."""
     monkeypatch.setattr(room, "probe", lambda *_: seconds / 1000 / 8)
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/g++")
-    monkeypatch.setattr(room.kernels, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(room.kernels, "multiplies", lambda dtype: precision == "float32" or dtype == torch.bfloat16)
+    monkeypatch.setattr(room.kernels, "numbers", lambda: getattr(torch, precision))
     monkeypatch.setattr(room.kernels, "is_available", lambda dtype: there)
-    run = TrainConfig(steps=1000, precision="bfloat16")
-    assert decide(run, NextTokenLoss(ThinkerLM(CONFIG)), one_row(), "cpu").compile is compiled
+    decisions = decide(TrainConfig(steps=1000, precision=precision), NextTokenLoss(ThinkerLM(CONFIG)), one_row(), "cpu")
+    assert decisions.compile is compiled
+    told = "not compiled: Thinker's own kernels leave nothing to gain"
+    assert (told in decisions.reasons) == (seconds == 9_000)
 
 
 def test_without_a_compiler_auto_does_without_and_on_says_what_is_missing(monkeypatch):

@@ -40,7 +40,7 @@ def test_parts_are_counted_and_nothing_is_made():
     assert count <= found.whole["weights"] <= count + 2 * 4 * 512 * 32
     assert found.whole["gradients"] == count
     assert found.whole["optimiser"] > count  # Muon's momentum, AdamW's two moments of the rest, and what works on them
-    assert found.peak > 200 << 20
+    assert found.peak > found.whole["activations"] > 100 << 20
     assert grown < found.peak / 5
 
 

@@ -6,6 +6,7 @@ the same ones. Timing is the only way to know whether a processor is fast in bfl
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import shutil
@@ -32,9 +33,10 @@ DTYPES: dict[Precision, torch.dtype] = {
     "float16": torch.float16,
 }
 
-# Compiling takes some 25 to 35 seconds. A step then takes two thirds to three quarters of its time; beside kernels of
-# our own, which leave less to compile, seven eighths.
-COMPILE_PAYS_AFTER, BESIDE_KERNELS = 120.0, 200.0  # seconds of training still to come
+# Compiling takes some 25 to 60 seconds. A step then takes two thirds to three quarters of its time; beside kernels of
+# our own, which leave less to compile, seven eighths in bfloat16, and in float32 all of it (measured: 98 to 100 %).
+COMPILE_PAYS_AFTER = 120.0  # seconds of training still to come
+BESIDE_KERNELS: dict[Precision, float] = {"bfloat16": 200.0, "float32": math.inf}
 # Where a product takes so many times as long in bfloat16, it is emulated, and a step would take ten times as long.
 EMULATED = 2.0
 
@@ -112,8 +114,9 @@ def decide(
         else:
             reasons.append(f"float32: this processor emulates bfloat16, {bfloat16_cost():.1f} times the time a product")
 
-    own = device == "cpu" and DTYPES[precision] == kernels.numbers() and kernels.multiplies(kernels.numbers())
-    pays_after = BESIDE_KERNELS if own and kernels.is_available(kernels.numbers()) else COMPILE_PAYS_AFTER
+    dtype = DTYPES[precision]
+    has_own = device == "cpu" and dtype == kernels.numbers() and kernels.multiplies(dtype)
+    pays_after = BESIDE_KERNELS[precision] if has_own and kernels.is_available(dtype) else COMPILE_PAYS_AFTER
     limit_steps, limit_seconds = run.limit
     ahead = limit_seconds if limit_seconds is not None else (limit_steps or 0) * seconds
     hindrance = None
@@ -125,14 +128,15 @@ def decide(
         hindrance = "pictures and sounds come in other numbers with every batch"
     if run.compile == "auto":
         compiled = ahead > pays_after and hindrance is None
-        reasons.append(
-            f"{'compiled' if compiled else 'not compiled'}: {hindrance or f'the run lasts some {ahead:,.0f} s'}"
-        )
+        lasts = f"the run lasts some {ahead:,.0f} s"
+        if ahead > COMPILE_PAYS_AFTER and math.isinf(pays_after):
+            lasts = "Thinker's own kernels leave nothing to gain"
+        reasons.append(f"{'compiled' if compiled else 'not compiled'}: {hindrance or lasts}")
     else:
         compiled = run.compile == "on"
         if compiled and hindrance is not None:
             raise ValueError(f"compile is 'on', but {hindrance}: use --compile off")
-    if own:
+    if has_own:
         reasons.append(own_kernels(module.model.config.head_width, compiled))
     return Decisions(device, precision, compiled, threads, seconds, tuple(reasons), versions())
 
