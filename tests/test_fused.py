@@ -344,7 +344,7 @@ def test_products_of_float32() -> None:
 
     @njit
     def product(a, a_step, b, b_step, c, c_step, m, n, k, adds):  # type: ignore[no-untyped-def]
-        tiles.multiply_wide(a, a_step, b, b_step, c, c_step, m, n, k, adds)
+        tiles.by_floats(a, a_step, b, b_step, c, c_step, m, n, k, adds)
 
     draws = np.random.default_rng(0)
     for m, n, k in ((32, 32, 32), (64, 96, 37), (8, 64, 160)):

@@ -52,8 +52,9 @@ def attend(
     starts: Tensor | None = None,
     rotation: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Causal attention of q (B, H, T, head_dim) over k and v (B, G, T, head_dim), all bfloat16 or float32: (B, H, T,
-    head_dim).
+    """Causal attention of q (B, H, T, head_dim) over k and v (B, G, T, head_dim): (B, H, T, head_dim).
+
+    All are bfloat16, or all float32.
 
     starts (B, T), whole numbers that never fall: the first position that each query sees, where that isn't 0. rotation:
     cosines and sines (1 or B, 1, T, head_dim / 2) in float32, by which q and k are turned first.

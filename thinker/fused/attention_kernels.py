@@ -25,7 +25,7 @@ from .attention import BLOCK, PIECE, TASK
 from .attention_rows import dividing, softening, turning, weighing
 from .moves import interleave, padded_rows, side_by_side, transpose
 from .numbers import NARROW, WIDE, Numbers, scaling
-from .tiles import leave_tiles, multiply_narrow, multiply_wide, take_tiles
+from .tiles import by_floats, leave_tiles, multiply_narrow, take_tiles
 
 tasks = view_of(from_dtype(TASK))
 
@@ -43,7 +43,10 @@ def starts_of(t, row):  # type: ignore[no-untyped-def]
 
 
 def _kernels(numbers: Numbers, multiply: Any, beside: Any) -> tuple[Any, Any]:
-    """Forwards and back: a part of a task, of as many as there are threads."""
+    """Forwards and back: a part of a task, of as many as there are threads.
+
+    `multiply` multiplies such numbers; `beside` lays rows as it wants them on the right.
+    """
     size, pieces, scaled = numbers.size, numbers.size // 2, scaling(numbers)  # a piece is two bytes
     turned, turned_back = turning(numbers, back=False), turning(numbers, back=True)
     divided, soften, weigh_again = dividing(numbers), softening(numbers), weighing(numbers)
@@ -96,13 +99,8 @@ def _kernels(numbers: Numbers, multiply: Any, beside: Any) -> tuple[Any, Any]:
     def attend(t, own, row, group):  # type: ignore[no-untyped-def]
         """The outputs of one group's heads."""
         T, W, padded, wide_step = t.length, t.width, t.padded, 4 * (t.padded + LANES)
-        keys, values, scores, weights, sums = (
-            own + t.keys,
-            own + t.values,
-            own + t.scores,
-            own + t.weights,
-            own + t.sums,
-        )
+        keys, values, scores = own + t.keys, own + t.values, own + t.scores
+        weights, sums = own + t.weights, own + t.sums
         k, step = turned_rows_of(t, t.k, row, group, own + t.rows)
         transpose(k, size * step, padded, size * W // 4, keys, wide_step)
         v, step = rows_of(t, t.v, row, group, own + t.rows)
@@ -115,17 +113,9 @@ def _kernels(numbers: Numbers, multiply: Any, beside: Any) -> tuple[Any, Any]:
                 begin, count = starts[first] // BLOCK * BLOCK, min(BLOCK, T - first)
                 columns = first + BLOCK - begin
                 multiply(
-                    q + size * first * step,
-                    size * step,
-                    keys + 4 * begin,
-                    wide_step,
-                    scores,
-                    4 * columns,
-                    BLOCK,
-                    columns,
-                    W,
-                    0,
-                )
+                    q + size * first * step, size * step, keys + 4 * begin, wide_step, scores, 4 * columns,
+                    BLOCK, columns, W, 0,
+                )  # fmt: skip
                 for i in range(BLOCK):
                     from_scores, to, kept = scores + 4 * i * columns, weights + size * i * columns, 4 * (at + first + i)
                     seen, end = starts[first + i] - begin, first + i + 1 - begin
@@ -232,4 +222,4 @@ def _kernels(numbers: Numbers, multiply: Any, beside: Any) -> tuple[Any, Any]:
 
 
 forward_narrow, backward_narrow = _kernels(NARROW, multiply_narrow, interleave)
-forward_wide, backward_wide = _kernels(WIDE, multiply_wide, side_by_side)
+forward_wide, backward_wide = _kernels(WIDE, by_floats, side_by_side)

@@ -1,13 +1,14 @@
-"""Products of bfloat16 matrices as the processor's own instructions: tiles where it has AMX, else pairs in vectors.
+"""Products of matrices as the processor's own instructions: of bfloat16 tiles where it has AMX, else pairs in vectors.
 
-An operand on the left lies row by row; on the right, pairs of rows lie interleaved, as both instructions want them:
-(k / 2, n, 2). Sums are float32. Who packs what is the kernels' business.
+An operand on the left lies row by row; on the right float32 does too, and of bfloat16 pairs of rows lie interleaved, as
+both instructions want them: (k / 2, n, 2). Sums are float32. Who packs what is the kernels' business.
 """
 
 # m rows, n columns, k inputs
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -22,7 +23,8 @@ from .kernels import STEP
 from .numbers import PAIRS
 
 TILE_ROWS, TILE_BYTES = 16, 64
-TALL = 8  # rows whose sums fill the registers, beside two vectors of columns
+
+Join = Callable[[ir.IRBuilder, ir.Value, ir.Value, ir.Value], ir.Value]  # sums, inputs, columns
 
 
 def at(builder: ir.IRBuilder, address: ir.Value, *bytes_: ir.Value) -> ir.Value:
@@ -79,64 +81,46 @@ def _add_tiles(builder, to, step, adds, end, by, operands):  # type: ignore[no-u
         tile("store", number, corner, step)
 
 
-def _by_pairs(builder, a, a_step, b, b_step, c, c_step, m, n, k, adds):  # type: ignore[no-untyped-def]
-    """Blocks of eight rows by two vectors of sums."""
+def _in_registers(rows: int, parts: tuple[int, ...], together: int, join: Join) -> Any:
+    """Blocks of so many rows by some vectors of sums, to which `join` adds so many inputs' products, a word of them."""
 
-    def block(i, j):  # type: ignore[no-untyped-def]
-        from_a, from_b = at(builder, a, builder.mul(i, a_step)), at(builder, b, builder.mul(j, INT(4)))
-        to = at(builder, c, builder.mul(i, c_step), builder.mul(j, INT(4)))
-        rows = [
-            builder.bitcast(builder.gep(to, [builder.mul(c_step, INT(i))]), FLOAT.as_pointer()) for i in range(TALL)
-        ]
-        places = [builder.gep(row, [INT(part)]) for row in rows for part in (0, LANES)]
-        sums = [builder.select(adds, load(builder, place), same(FLOATS, 0.0)) for place in places]
+    def form(builder, a, a_step, b, b_step, c, c_step, m, n, k, adds):  # type: ignore[no-untyped-def]
+        def block(i, j):  # type: ignore[no-untyped-def]
+            from_a, from_b = at(builder, a, builder.mul(i, a_step)), at(builder, b, builder.mul(j, INT(4)))
+            to = at(builder, c, builder.mul(i, c_step), builder.mul(j, INT(4)))
+            lines = [
+                builder.bitcast(builder.gep(to, [builder.mul(c_step, INT(i))]), FLOAT.as_pointer()) for i in range(rows)
+            ]
+            places = [builder.gep(line, [INT(part)]) for line in lines for part in parts]
+            sums = [builder.select(adds, load(builder, place), same(FLOATS, 0.0)) for place in places]
 
-        def inward(p, sums):  # type: ignore[no-untyped-def]
-            right = builder.gep(from_b, [builder.mul(builder.sdiv(p, INT(2)), b_step)])
-            right = builder.bitcast(right, WORD.as_pointer())
-            columns = [builder.bitcast(load(builder, builder.gep(right, [INT(part)])), PAIRS) for part in (0, LANES)]
-            results = []
-            for row in range(TALL):
-                left = builder.gep(from_a, [builder.add(builder.mul(a_step, INT(row)), builder.mul(p, INT(2)))])
-                pair = builder.load(builder.bitcast(left, WORD.as_pointer()))
-                inputs = builder.bitcast(spread(builder, pair), PAIRS)
-                for column, total in zip(columns, sums[2 * row : 2 * row + 2], strict=True):
-                    results.append(llvm(builder, "x86.avx512bf16.dpbf16ps.512", FLOATS, total, inputs, column))
-            return results
+            def inward(p, sums):  # type: ignore[no-untyped-def]
+                right = builder.gep(from_b, [builder.mul(builder.sdiv(p, INT(together)), b_step)])
+                right = builder.bitcast(right, WORD.as_pointer())
+                columns = [load(builder, builder.gep(right, [INT(part)])) for part in parts]
+                results, totals = [], iter(sums)
+                for row in range(rows):
+                    further = builder.add(builder.mul(a_step, INT(row)), builder.mul(p, INT(4 // together)))
+                    left = builder.bitcast(builder.gep(from_a, [further]), WORD.as_pointer())
+                    inputs = spread(builder, builder.load(left))
+                    results += [join(builder, next(totals), inputs, column) for column in columns]
+                return results
 
-        for total, place in zip(loop(builder, INT(0), k, 2, sums, inward), places, strict=True):
-            store(builder, total, place)
+            for total, place in zip(loop(builder, INT(0), k, together, sums, inward), places, strict=True):
+                store(builder, total, place)
 
-    _for_each_block(builder, m, n, TALL, 2 * LANES, block)
+        _for_each_block(builder, m, n, rows, len(parts) * LANES, block)
+
+    return form
 
 
-def _by_floats(builder, a, a_step, b, b_step, c, c_step, m, n, k, adds):  # type: ignore[no-untyped-def]
-    """Blocks of some rows by one or two vectors of sums, of float32 throughout."""
-    rows, parts = (8, (0, LANES)) if WIDE else (4, (0,))
+def _add_pairs(builder: ir.IRBuilder, total: ir.Value, inputs: ir.Value, column: ir.Value) -> ir.Value:
+    inputs, column = builder.bitcast(inputs, PAIRS), builder.bitcast(column, PAIRS)
+    return llvm(builder, "x86.avx512bf16.dpbf16ps.512", FLOATS, total, inputs, column)
 
-    def block(i, j):  # type: ignore[no-untyped-def]
-        from_a, from_b = at(builder, a, builder.mul(i, a_step)), at(builder, b, builder.mul(j, INT(4)))
-        to = at(builder, c, builder.mul(i, c_step), builder.mul(j, INT(4)))
-        lines = [
-            builder.bitcast(builder.gep(to, [builder.mul(c_step, INT(i))]), FLOAT.as_pointer()) for i in range(rows)
-        ]
-        places = [builder.gep(line, [INT(part)]) for line in lines for part in parts]
-        sums = [builder.select(adds, load(builder, place), same(FLOATS, 0.0)) for place in places]
 
-        def inward(p, sums):  # type: ignore[no-untyped-def]
-            right = builder.bitcast(builder.gep(from_b, [builder.mul(p, b_step)]), FLOAT.as_pointer())
-            columns = [load(builder, builder.gep(right, [INT(part)])) for part in parts]
-            results, totals = [], iter(sums)
-            for row in range(rows):
-                left = builder.gep(from_a, [builder.add(builder.mul(a_step, INT(row)), builder.mul(p, INT(4)))])
-                left = spread(builder, builder.load(builder.bitcast(left, FLOAT.as_pointer())))
-                results += [fma(builder, left, column, next(totals)) for column in columns]
-            return results
-
-        for total, place in zip(loop(builder, INT(0), k, 1, sums, inward), places, strict=True):
-            store(builder, total, place)
-
-    _for_each_block(builder, m, n, rows, len(parts) * LANES, block)
+def _add_products(builder: ir.IRBuilder, total: ir.Value, inputs: ir.Value, column: ir.Value) -> ir.Value:
+    return fma(builder, builder.bitcast(inputs, FLOATS), builder.bitcast(column, FLOATS), total)
 
 
 def _for_each_block(builder, m, n, rows, columns, block):  # type: ignore[no-untyped-def]
@@ -156,7 +140,7 @@ def _for_each_block(builder, m, n, rows, columns, block):  # type: ignore[no-unt
 def _product(form: Any) -> Any:
     @intrinsic
     def multiply(typing, a, a_step, b, b_step, c, c_step, m, n, k, adds):  # type: ignore[no-untyped-def]
-        """c (m, n) = a (m, k) times b (k / 2, n, 2), or c more by it if `adds`; addresses, bytes from row to row."""
+        """c (m, n) = a (m, k) times b (k, n), or c more by it if `adds`; addresses, bytes from row to row."""
 
         def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
             *rest, adds = arguments
@@ -168,8 +152,10 @@ def _product(form: Any) -> Any:
     return multiply
 
 
-by_tiles, by_pairs = _product(_by_tiles), _product(_by_pairs)
-multiply_narrow, multiply_wide = by_tiles if TILES else by_pairs, _product(_by_floats)
+# Eight rows beside two vectors of columns fill the registers; where those are half as long, and few, four beside one.
+by_tiles, by_pairs = _product(_by_tiles), _product(_in_registers(8, (0, LANES), 2, _add_pairs))
+by_floats = _product(_in_registers(8 if WIDE else 4, (0, LANES) if WIDE else (0,), 1, _add_products))
+multiply_narrow = by_tiles if TILES else by_pairs
 
 
 @intrinsic
