@@ -9,6 +9,7 @@ import pytest
 
 OTHERS = {
     "haswell": "avx2 fma f16c",
+    "skylake-avx512": "avx2 fma f16c avx512f avx512bw avx512dq avx512vl",
     "znver4": "avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512vnni avx512bf16",
     "sapphirerapids": "avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512vnni avx512bf16 amx-tile amx-bf16",
 }
@@ -28,9 +29,15 @@ print(kernels.numbers(), len(kernels.KERNELS[kernels.numbers()]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("haswell", "torch.float32 8\n"), ("znver4", "torch.bfloat16 10\n"), ("sapphirerapids", "torch.bfloat16 11\n")],
+    [
+        ("haswell", "torch.float32 8\n"),
+        ("skylake-avx512", "torch.float32 8\n"),
+        ("znver4", "torch.bfloat16 10\n"),
+        ("sapphirerapids", "torch.bfloat16 11\n"),
+    ],
 )
 def test_all_kernels_compile(name: str, said: str) -> None:
     """Bug: a kernel that is made of tiles is wanted where there are none: LLVM then ends the process."""

@@ -62,6 +62,7 @@ def form() -> Literal["tiles", "pairs", "none"]:
     return "tiles" if TILES else "pairs"
 
 
+@torch.compiler.assume_constant_result
 def numbers() -> torch.dtype:
     """What is fastest in training on this processor, and has kernels: bfloat16 if it multiplies that, else float32."""
     return torch.bfloat16 if multiplies(torch.bfloat16) else torch.float32
