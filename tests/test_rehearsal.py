@@ -46,9 +46,10 @@ def test_parts_are_counted_and_nothing_is_made():
 
 def test_less_is_counted_where_less_is_needed(monkeypatch):
     """Bug: recomputing, fewer rows, or one kernel for attention make no difference to the estimate."""
-    ours = rehearsed(precision=str(kernels.numbers()).removeprefix("torch."))
+    precision = str(kernels.numbers()).removeprefix("torch.")
+    ours = rehearsed(precision=precision, batch_size=1)
     monkeypatch.setattr(kernels, "is_available", lambda dtype: False)
-    plain = rehearsed(precision=str(kernels.numbers()).removeprefix("torch."))
+    plain = rehearsed(precision=precision, batch_size=1)
     if kernels.multiplies(kernels.numbers()):
         assert ours.whole["activations"] < 0.9 * plain.whole["activations"]
     whole = rehearsed()
