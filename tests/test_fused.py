@@ -254,6 +254,13 @@ def test_without_kernels_attention_is_what_it_was(monkeypatch: pytest.MonkeyPatc
     assert kernels.is_available(dtype)
 
 
+def test_no_kernel_is_run_that_is_not_there(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Bug: tiles are used that the system hasn't been asked for, which ends the process."""
+    monkeypatch.setattr(kernels, "is_available", lambda dtype: False)
+    with pytest.raises(AssertionError, match="asked for tiles"):
+        fused.attend(*draw(2, 2, 32, 64, dtype=dtype)[:3])
+
+
 PAIRS_ALONE = """
 import json, sys
 from pathlib import Path

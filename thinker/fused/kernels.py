@@ -112,6 +112,8 @@ def perform(
 
     Each has so many bytes of scratch memory.
     """
+    asked = any(is_available(dtype) for dtype, wanted in KERNELS.items() if kernel in wanted)
+    assert asked, "there must be such kernels, and the system must have been asked for tiles"
     parts = min(torch.get_num_threads(), most or sys.maxsize)
     step = -(-scratch // LINE) * LINE
     memory = torch.empty(parts * step + LINE, dtype=torch.uint8)
