@@ -19,6 +19,8 @@ import pytest
 from thinker.config import RopeScaling, ThinkerConfig
 
 if TYPE_CHECKING:  # a test of what needs no torch shall not wait for it
+    import torch
+
     from thinker.model import ThinkerLM
 
 # benchmarks/ is no part of the package, so it is not installed.
@@ -113,3 +115,16 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "words.txt"
     path.write_text("\n".join(" ".join(rng.choice(words, 9)) for _ in range(800)), encoding="utf-8")
     return path
+
+
+@pytest.fixture(params=["bfloat16", "float32"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """Each type of numbers that kernels of `fused/` multiply on this processor."""
+    import torch
+
+    from thinker.fused import kernels
+
+    chosen: torch.dtype = getattr(torch, request.param)
+    if not kernels.multiplies(chosen):
+        pytest.skip("this processor doesn't multiply such numbers")
+    return chosen

@@ -31,14 +31,6 @@ EPS = {torch.bfloat16: torch.finfo(torch.bfloat16).eps, torch.float32: 6 * torch
 SHAPES = [(2, 2, 32, 64), (4, 2, 33, 32), (4, 1, 95, 64), (2, 2, 128, 96), (3, 3, 129, 64), (4, 2, 300, 64)]
 
 
-@pytest.fixture(params=list(EPS), ids=["bfloat16", "float32"])
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    """Each type of numbers that this processor multiplies."""
-    if not kernels.multiplies(request.param):
-        pytest.skip("this processor doesn't multiply such numbers")
-    return request.param
-
-
 def draw(
     heads: int,
     groups: int,

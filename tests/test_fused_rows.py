@@ -25,14 +25,6 @@ needs_kernels = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(params=list(EPS), ids=["bfloat16", "float32"])
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    """Each type of numbers that this processor multiplies."""
-    if not kernels.multiplies(request.param):
-        pytest.skip("this processor doesn't multiply such numbers")
-    return request.param
-
-
 def draw(*shape: int, dtype: torch.dtype = torch.bfloat16, size: float = 1.0) -> Tensor:
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))) * size).to(dtype)
 
