@@ -21,7 +21,7 @@ from thinker.compiled import processor
 from thinker.decode.decoder import Decoder
 from thinker.decode.native import ahead, open_native, product, rows, shares
 from thinker.decode.native.elementwise import to_float16
-from thinker.decode.native.layout import JOB, PIECE, PIECES, QUERIES, SHAPE
+from thinker.decode.native.layout import JOB, PANEL, PIECE, PIECES, QUERIES, SHAPE
 from thinker.decode.native.pace import LEAST, MOST, Pace
 from thinker.decode.torch_decoder import TorchDecoder
 from thinker.formats.q8 import Q8Tensor
@@ -186,19 +186,19 @@ def test_a_row_is_rounded_to_the_nearest_step(dots):
 
 
 @pytest.mark.parametrize("instructions", ["fours of bytes", "pairs of int16", "none"])
-@pytest.mark.parametrize("outputs", [64, 16])
-def test_products_of_bytes_are_exact(instructions, outputs, monkeypatch):
+@pytest.mark.parametrize("panels", [1, 2, 4])
+def test_products_of_bytes_are_exact(instructions, panels, monkeypatch):
     """Bug: bytes are taken for signed, sums overflow, or processors without an instruction have other numbers."""
     dots = instructions == "fours of bytes"
     if (dots and not processor.DOTS) or (instructions == "pairs of int16" and not processor.PAIRS):
         pytest.skip("this processor has no such instruction")
     monkeypatch.setattr(product, "PAIRS", instructions == "pairs of int16")
-    tile, group = product._tile(2, outputs, dots), 4 if dots else 2
+    tile, group, P = product._tile(2, panels, dots), 4 if dots else 2, PANEL
     rng = np.random.default_rng(0)
     k, step = 96, 2 * 96 + 24
     whole = rng.integers(-32512, 32513, (2, 3, 32))  # row, block, input
-    weights = rng.integers(-128, 128, (2, 32, 3, 32))  # panel, output, block, input
-    whole[0, 0], weights[0, 0, 0], weights[1, 31, 0] = 32512, 127, -128
+    weights = rng.integers(-128, 128, (4, P, 3, 32))  # panel, output, block, input
+    whole[0, 0], weights[0, 0, 0], weights[3, P - 1, 0] = 32512, 127, -128
     rows = np.zeros((2, step), np.int8)
     higher = (whole + 128) >> 8
     if dots:
@@ -207,24 +207,24 @@ def test_products_of_bytes_are_exact(instructions, outputs, monkeypatch):
         rows[:, : 2 * k] = whole.astype(np.int16).reshape(2, -1).view(np.int8)
     rows[:, 2 * k : 2 * k + 12].view(np.float32)[:] = steps = np.array([[1, 2, 4], [8, 0.5, 1]])
     rows[:, 2 * k + 12 :].view(np.int32)[:] = -128 * whole.sum(-1)
-    laid = (weights ^ -128).astype(np.int8).reshape(2, 32, k // group, group).transpose(0, 2, 1, 3).copy()
-    scales = np.exp2(rng.integers(-3, 3, (2, 3, 32))).astype(np.float16)  # panel, block, output
-    out = np.zeros((2, 64), np.float32)
+    laid = (weights ^ -128).astype(np.int8).reshape(4, P, k // group, group).transpose(0, 2, 1, 3).copy()
+    scales = np.exp2(rng.integers(-3, 3, (4, 3, P))).astype(np.float16)  # panel, block, output
+    out = np.zeros((2, 4 * P), np.float32)
 
     @njit
     def multiply(x, w, scales, out):
-        for at in range(0, 64, outputs):  # whole panels, or parts of them one by one
-            panel = at // 32 * 32
-            tile(x, 0, step, w, panel * k, 32 * k, at - panel, product.Q8, scales, k, True, 0, out, at, 64)
+        for panel in range(0, 4, panels):
+            at = panel * P
+            tile(x, 0, step, w, at * k, P * k, product.Q8, scales, k, 0, 1, 0, out, at, 4 * P)
 
     multiply(rows.ctypes.data, laid.ctypes.data, scales.ctypes.data, out.ctypes.data)
     sums = np.einsum("rbi,pobi->rpob", whole, weights).astype(np.float32)  # each rounded once
-    total = np.zeros((2, 2, 32))
+    total = np.zeros((2, 4, P))
     for block in range(3):  # powers of two scale exactly, and a sum is rounded once more
         total = (total + sums[..., block] * steps[:, None, block, None] * scales[:, block].astype(float)).astype(
             np.float32
         )
-    assert np.array_equal(out, total.reshape(2, 64))
+    assert np.array_equal(out, total.reshape(2, 4 * P))
 
 
 def test_keys_and_values_are_rounded_to_the_nearest_float16():
@@ -327,13 +327,14 @@ def test_what_is_fetched_ahead_is_what_attention_will_read(config, dtype):
     words = decoder._model.plan[s["at_ahead"] : s["at_ahead"] + s["ahead"]]
     listed = words[ahead.FIRST : ahead.FIRST + words[ahead.COUNT]].tolist()
     behind = words[ahead.FIRST + len(listed) : s["ahead"] - PIECES + len(listed)]
-    assert len(behind) == max(config.d_model, config.d_ff, config.n_heads * width, s["capacity"]) // 32
+    assert len(behind) == -(-max(config.d_model, config.d_ff, config.n_heads * width, s["capacity"]) // 32)
     assert (behind == s["x"]).all()
     wanted = []
     for group, slot in product_of(range(config.n_kv_heads), range(slots)):
         at, length = slot * s["step_slot"] + group * s["step_head_cache"], lengths[slot] + 1
-        runs = [(decoder._model.caches[0], at, -(-length // 32) * 32 * width)]
-        runs += [(decoder._model.caches[1], at + p * s["capacity"] * 32, length * 32) for p in range(s["head_panels"])]
+        runs = [(decoder._model.caches[0], at, -(-length // PANEL) * PANEL * width)]
+        starts = [at + panel * s["capacity"] * PANEL for panel in range(s["head_panels"])]
+        runs += [(decoder._model.caches[1], start, length * PANEL) for start in starts]
         for array, first, count in runs:
             begin, size = array.ctypes.data + int(first) * array.itemsize, int(count) * array.itemsize
             wanted += range(begin, begin + size, PIECE)

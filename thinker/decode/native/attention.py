@@ -95,7 +95,7 @@ def finish_head(s, own, at, row, layer, at_floats, head):  # type: ignore[no-unt
             q[i] = x[i] * s.scale
     elif head < H + G:
         start = cache + (head - H) * s.step_head_cache + place // PANEL * width * PANEL + place % PANEL
-        size = width * PANEL  # (width, position % 32)
+        size = width * PANEL  # (width, position % PANEL)
         if s.cached == FLOAT16:
             narrow = shorts(s.keys, start, size)
             for i in range(width):
@@ -106,7 +106,7 @@ def finish_head(s, own, at, row, layer, at_floats, head):  # type: ignore[no-unt
                 k[i * PANEL] = x[i]
     else:
         start = cache + (head - H - G) * s.step_head_cache + place * PANEL
-        for panel in range(s.head_panels):  # (dimension / 32, position, dimension % 32)
+        for panel in range(s.head_panels):  # (dimension / PANEL, position, dimension % PANEL)
             to = start + panel * s.capacity * PANEL
             source = floats(own, at + panel * PANEL, PANEL)  # what is beyond `width` is the product with padding, zeros
             if s.cached == FLOAT16:

@@ -1,7 +1,7 @@
 """Where everything lies: a model's sizes, and the places of its weights, caches and work space in a few flat arrays.
 
 The kernels read one record, `SHAPE`, which holds counts, addresses (of arrays that `decoder.py` keeps alive) and places
-(in elements from such an address). Heads, hidden layers and the vocabulary are padded to whole panels of 32. How
+(in elements from such an address). Heads, hidden layers and the vocabulary are padded to whole panels. How
 tensors get there is `packing.py`'s business.
 """
 
@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 
 from ...compiled.processor import DOTS, FETCHED
+from ...compiled.processor import PANEL as PANEL  # for all who lay panels out or read them
+from ...compiled.processor import PIECE as PIECE
 from ...config import ThinkerConfig
 
-PANEL = 32  # outputs side by side in memory
 BLOCK = 32  # inputs whose products are added up by themselves; in INT8 they share a scale
 ROWS = 64  # rows of one pass: a block of a prompt, or one token each of so many slots
-CHUNK = 4  # panels that one product makes before its results are used
+CHUNK = 128 // PANEL  # panels that one product makes before its results are used
 GROUP = 4 if DOTS else 2  # inputs of an output that lie together in INT8, as the processor multiplies and adds them
 QUERIES = 8  # rows of a prompt that attend together
 LINE = 16  # elements of a cache line of float32
-PIECE = 4 * LINE * BLOCK  # bytes that a product has fetched meanwhile, a line for each input of a block
 PIECES = FETCHED // PIECE  # of them that a thread lists for one layer
 MANY_ROWS = 8  # from here on products are long enough for meetings, and for memory to bring something meanwhile
 SHORT = 1 << 18  # bytes of one head's keys that are allotted at once, however few come
@@ -176,8 +176,8 @@ def lay_out(config: ThinkerConfig, quantised: bool, threads: int, cached: int) -
     s["at_norm"] = floats.take(D)
     s["step_layer_floats"], s["at_layer_floats"] = layer.size, floats.take(config.n_layers * layer.size)
 
-    # Caches: keys (slot, layer, group, position / 32, width, position % 32), since scores are a product whose outputs
-    # are positions; values (slot, layer, group, dimension / 32, position, dimension % 32).
+    # Caches: keys (slot, layer, group, position / PANEL, width, position % PANEL), since scores are a product whose
+    # outputs are positions; values (slot, layer, group, dimension / PANEL, position, dimension % PANEL).
     # Both are float16 beside weights in INT8: with many streams most of what a step reads is theirs.
     s["step_head_cache"] = int(s["capacity"]) * head_width
     s["step_layer_cache"] = G * int(s["step_head_cache"])
@@ -203,7 +203,7 @@ def lay_out(config: ThinkerConfig, quantised: bool, threads: int, cached: int) -
     plan = Places()
     s["at_source"], s["at_pair"], s["at_first"] = plan.take(ROWS * K), plan.take(ROWS * K), plan.take(E + 1)
     # Of what to fetch ahead: two counts, the list, and behind it as many places as one product could take.
-    s["ahead"] = 2 + PIECES + panels(max(D, F, H * width, int(s["capacity"])))
+    s["ahead"] = 2 + PIECES + -(-max(D, F, H * width, int(s["capacity"])) // BLOCK)
     s["at_ahead"] = plan.take(int(s["ahead"]))
     s["step_plan"] = plan.size
     return record, Sizes(weights.size, floats.size, int(s["step_slot"]), work.size, threads * plan.size)

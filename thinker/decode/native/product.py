@@ -11,8 +11,6 @@ ordinary Numba, in the other kernels.
 
 from __future__ import annotations
 
-from functools import partial
-from itertools import islice
 from typing import Any
 
 from llvmlite import ir
@@ -21,7 +19,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ...compiled.memory import pointer
-from ...compiled.processor import DOTS, LOW, PAIRS, TALL, WIDE
+from ...compiled.processor import DOTS, LOW, PAIRS, TALL
 from ...compiled.vectors import (
     BYTE,
     FLOAT,
@@ -46,8 +44,7 @@ from .layout import BLOCK, FLOAT16, PANEL, PIECE, Q8
 
 CACHE_LINE = 64  # bytes
 STREAM = 8192  # bytes that a stream of weights is asked for ahead
-# What fits into the registers beside each other: so many outputs of `TALL` rows, or so many panels of one row.
-BESIDE, ABREAST = (PANEL, 4) if WIDE else (PANEL // 2, 2)
+BROAD = 32 // PANEL  # panels that `LOW` rows take at once
 
 
 def _add_fours(builder: ir.IRBuilder, total: ir.Value, weights: ir.Value, values: ir.Value) -> ir.Value:
@@ -74,59 +71,68 @@ def _add_pairs(builder: ir.IRBuilder, total: ir.Value, weights: ir.Value, values
     return total
 
 
-def _tile(rows: int, outputs: int, dots: bool = DOTS) -> Any:
-    """The product of R rows and P panels, R and P fixed: out (R, 32 P) = x (R, k) times w (P, k, 32).
-
-    `outputs` is 32 P, or less than a panel: then `first` is the place in it.
+def _tile(rows: int, panels: int, dots: bool = DOTS) -> Any:
+    """The product of R rows and P panels, R and P fixed: out (R, P PANEL) = x (R, k) times w (P, k, PANEL).
 
     Each block of 32 inputs is added up by itself, then joined to the sum of those before, which rounds off a third of
     what one long sum does (through SmolLM2's 30 layers: logits as near to float64 as torch's). As `kind` says, w is
     float32, or float16 (keys and values), or Q8_0: then x has been rounded too (`rows.to_int16`), and a block's
-    sum is one of integers, exact, and scaled as a whole. Meanwhile the next weights are fetched if `asks` says so: for
-    many rows, which use a panel over and over, all of the next panel; and for each block of inputs the next PIECE bytes
-    of those at `ahead`, which is a list of addresses. `dots` says how bytes are multiplied, and so how they lie.
+    sum is one of integers, exact, and scaled as a whole. Meanwhile the next weights are fetched: for many rows, which
+    use panels over and over in so many `turns`, a part of the next ones in each `turn`; and for each block of inputs
+    the next PIECE bytes of those at `ahead`, which is a list of addresses. `dots` says how bytes are multiplied, and so
+    how they lie.
     """
     busy = rows == TALL  # long enough with one load that others' come meanwhile
     group, add = (4, _add_fours) if dots else (2, _add_pairs)
-    places = [divmod(lane, PANEL) for lane in range(0, outputs, LANES)]  # panel and lane of each vector
+    places = [divmod(lane, PANEL) for lane in range(0, panels * PANEL, LANES)]  # panel and lane of each vector
     vectors = len(places)
 
     @intrinsic
-    def tile(typing, x, x_at, x_step, w, w_at, w_step, first, kind, scales, k, asks, ahead, out, out_at, out_step):  # type: ignore[no-untyped-def]
+    def tile(typing, x, x_at, x_step, w, w_at, w_step, kind, scales, k, turn, turns, ahead, out, out_at, out_step):  # type: ignore[no-untyped-def]
         def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-            x, x_at, x_step, w, w_at, w_step, first, kind, scales, k, asks, ahead, out, out_at, out_step = arguments
-            asking = builder.icmp_signed("!=", asks, INT(0))
+            x, x_at, x_step, w, w_at, w_step, kind, scales, k, turn, turns, ahead, out, out_at, out_step = arguments
             zeros = [same(FLOATS, 0.0)] * (rows * vectors)
 
             def x_rows(element):  # type: ignore[no-untyped-def]
                 return [pointer(builder, x, element, x_at, builder.mul(x_step, INT(row))) for row in range(rows)]
 
             def columns(address, element, at, step):  # type: ignore[no-untyped-def]
-                at = builder.add(at, first)
                 starts = [builder.add(builder.mul(step, INT(panel)), INT(lane)) for panel, lane in places]
                 return [pointer(builder, address, element, at, start) for start in starts]
 
-            def ask(column, j, further, count):  # type: ignore[no-untyped-def]
-                """Have the weights fetched that lie `further` elements behind those of `count` inputs from j on."""
-                place = builder.gep(column, [builder.add(further, builder.mul(j, INT(PANEL)))])
-                for line in range(0, count * PANEL * (1 if column.type.pointee == BYTE else 4), CACHE_LINE):
-                    fetch(builder, builder.bitcast(place, BYTE.as_pointer()), line)
+            def lines_of(size):  # type: ignore[no-untyped-def]
+                """Which lines of a panel's block, of weights of so many bytes, are to be fetched in this turn."""
+                count = size * BLOCK * PANEL // CACHE_LINE
+                return [builder.sdiv(builder.mul(at, INT(count)), turns) for at in (turn, builder.add(turn, INT(1)))]
 
-            def piece_for(j):  # type: ignore[no-untyped-def]
-                """What to have fetched during the block of inputs that begins with j."""
+            def fetch_weights(starts, lines, j, further):  # type: ignore[no-untyped-def]
+                """Have those lines fetched of each panel, so many elements behind the block that begins with j."""
+                for start, (_, lane) in zip(starts, places, strict=True):
+                    if lane == 0:
+                        block = builder.gep(start, [builder.add(further, builder.mul(j, INT(PANEL)))])
+                        address = builder.bitcast(block, BYTE.as_pointer())
+
+                        def one(line, _, address=address):  # type: ignore[no-untyped-def]
+                            fetch(builder, builder.gep(address, [builder.mul(line, INT(CACHE_LINE))]), 0)
+                            return []
+
+                        loop(builder, lines[0], lines[1], 1, [], one)
+
+            def fetch_piece(j):  # type: ignore[no-untyped-def]
+                """Have fetched what the list has for the block of inputs that begins with j."""
                 address = builder.load(pointer(builder, ahead, INT, builder.sdiv(j, INT(BLOCK))))
-                return builder.inttoptr(address, BYTE.as_pointer())
+                for line in range(0, PIECE, CACHE_LINE):
+                    fetch(builder, builder.inttoptr(address, BYTE.as_pointer()), line, near=2)
+
+            def end_of(j):  # type: ignore[no-untyped-def]
+                """Where the block ends that begins with j."""
+                end = builder.add(j, INT(BLOCK))
+                return builder.select(builder.icmp_signed("<", end, k), end, k)
 
             def in_floats(element):  # type: ignore[no-untyped-def]
-                starts, inputs = columns(w, element, w_at, w_step), x_rows(FLOAT)
+                starts, inputs, lines = columns(w, element, w_at, w_step), x_rows(FLOAT), lines_of(4)
 
-                def one(j, sums, begin, piece):  # type: ignore[no-untyped-def]
-                    if busy:
-                        line = builder.mul(builder.sub(j, begin), INT(PIECE // BLOCK))
-                        fetch(builder, builder.gep(piece, [line]), 0, near=2)
-                    if rows > 1 and element == FLOAT:
-                        with builder.if_then(asking):
-                            ask(starts[0], j, w_step, 1)
+                def one(j, sums):  # type: ignore[no-untyped-def]
                     weights = [load(builder, builder.gep(start, [builder.mul(j, INT(PANEL))])) for start in starts]
                     if element == SHORT:
                         weights = [from_half(builder, weight) for weight in weights]
@@ -134,21 +140,22 @@ def _tile(rows: int, outputs: int, dots: bool = DOTS) -> Any:
                     return [fma(builder, weights[i % vectors], values[i // vectors], sums[i]) for i in range(len(sums))]
 
                 def block(j, sums):  # type: ignore[no-untyped-def]
-                    end = builder.add(j, INT(BLOCK))
-                    end = builder.select(builder.icmp_signed("<", end, k), end, k)
-                    one_more = partial(one, begin=j, piece=piece_for(j) if busy else None)
-                    parts = loop(builder, j, end, 1, zeros, one_more)
+                    if rows > 1 and element == FLOAT:
+                        fetch_weights(starts, lines, j, builder.mul(w_step, INT(panels)))
+                    if busy:
+                        fetch_piece(j)
+                    parts = loop(builder, j, end_of(j), 1, zeros, one)
                     return [builder.fadd(total, part) for total, part in zip(sums, parts, strict=True)]
 
                 return loop(builder, INT(0), k, BLOCK, zeros, block)
 
             def in_q8():  # type: ignore[no-untyped-def]
+                starts, lines = columns(w, BYTE, w_at, w_step), lines_of(1)
                 lanes = [
-                    builder.gep(start, [builder.mul(builder.add(first, INT(lane)), INT(group - 1))])
-                    for start, (_, lane) in zip(columns(w, BYTE, w_at, w_step), places, strict=True)
+                    builder.gep(start, [INT(lane * (group - 1))])
+                    for start, (_, lane) in zip(starts, places, strict=True)
                 ]
-                # One scale for 32 weights, in their order: those of a block of inputs take PANEL = BLOCK places.
-                at, step = (builder.sdiv(value, INT(BLOCK)) for value in (w_at, w_step))
+                at, step = (builder.sdiv(value, INT(BLOCK)) for value in (w_at, w_step))  # one scale for 32 weights
                 halves, inputs, blocks = columns(scales, SHORT, at, step), x_rows(BYTE), builder.sdiv(k, INT(BLOCK))
 
                 def beside(row, kind, place):  # type: ignore[no-untyped-def]
@@ -156,31 +163,47 @@ def _tile(rows: int, outputs: int, dots: bool = DOTS) -> Any:
                     numbers = builder.bitcast(builder.gep(row, [builder.mul(k, INT(2))]), kind.as_pointer())
                     return spread(builder, builder.load(builder.gep(numbers, [place])))
 
-                def block(j, sums):  # type: ignore[no-untyped-def]
-                    if rows > 1 or outputs == PANEL:
-                        with builder.if_then(asking):
-                            ask(lanes[0], j, w_step if rows > 1 else INT(STREAM), BLOCK)
-                    place = builder.sdiv(j, INT(BLOCK))
-                    piece, lines = piece_for(j) if busy else None, iter(range(0, PIECE, CACHE_LINE))
-                    begin = [beside(row, WORD, builder.add(blocks, place)) for row in inputs]
-                    parts = [same(WORDS, 0) if dots else begin[i // vectors] for i in range(len(sums))]
-                    for byte in range(2 if dots else 1):
+                def add_group(j, parts, at):  # type: ignore[no-untyped-def]
+                    """The products of a group's inputs, j and those behind it, which begin in a row at byte `at`."""
+                    further = builder.mul(j, INT(PANEL))
+                    weights = [load(builder, builder.gep(lane, [further]), group * LANES) for lane in lanes]
+                    words = [builder.bitcast(builder.gep(row, [at]), WORD.as_pointer()) for row in inputs]
+                    values = [spread(builder, builder.load(word)) for word in words]
+                    return [
+                        add(builder, part, weights[i % vectors], values[i // vectors]) for i, part in enumerate(parts)
+                    ]
+
+                def add_shorts(j, begin):  # type: ignore[no-untyped-def]
+                    """A block's sums, with int16; in a loop: LLVM would sort them by sums, for which registers lack."""
+
+                    def one(j, parts):  # type: ignore[no-untyped-def]
+                        return add_group(j, parts, builder.mul(j, INT(2)))
+
+                    return loop(builder, j, end_of(j), group, begin, one)
+
+                def add_bytes(j, begin):  # type: ignore[no-untyped-def]
+                    """A block's sums, with bytes: 256 times that of the higher ones and that of the lower ones."""
+                    parts = [same(WORDS, 0)] * len(begin)
+                    for byte in range(2):
                         if byte == 1:
                             higher = [builder.shl(part, same(WORDS, 8)) for part in parts]
-                            parts = [builder.add(part, begin[i // vectors]) for i, part in enumerate(higher)]
+                            parts = [builder.add(*pair) for pair in zip(higher, begin, strict=True)]
                         for at in range(0, BLOCK, group):
-                            further = [builder.mul(builder.add(j, INT(at)), INT(PANEL))]
-                            weights = [load(builder, builder.gep(lane, further), group * LANES) for lane in lanes]
-                            begun = builder.add(builder.mul(j, INT(2)), INT(byte * BLOCK + at if dots else 2 * at))
-                            words = [builder.bitcast(builder.gep(row, [begun]), WORD.as_pointer()) for row in inputs]
-                            values = [spread(builder, builder.load(word)) for word in words]
-                            for line in islice(lines, 2 if busy else 0):
-                                fetch(builder, piece, line, near=2)
-                            parts = [
-                                add(builder, part, weights[i % vectors], values[i // vectors])
-                                for i, part in enumerate(parts)
-                            ]
-                    factors = [from_half(builder, load(builder, builder.gep(half, [j]))) for half in halves]
+                            place = builder.add(builder.mul(j, INT(2)), INT(byte * BLOCK + at))
+                            parts = add_group(builder.add(j, INT(at)), parts, place)
+                    return parts
+
+                def block(j, sums):  # type: ignore[no-untyped-def]
+                    if rows > 1 or panels == 1:
+                        further = builder.mul(w_step, INT(panels)) if rows > 1 else INT(STREAM)
+                        fetch_weights(starts, lines, j, further)
+                    if busy:
+                        fetch_piece(j)
+                    place = builder.sdiv(j, INT(BLOCK))
+                    begin = [beside(row, WORD, builder.add(blocks, place)) for row in inputs for _ in places]
+                    parts = add_bytes(j, begin) if dots else add_shorts(j, begin)
+                    scales_at = builder.mul(place, INT(PANEL))
+                    factors = [from_half(builder, load(builder, builder.gep(half, [scales_at]))) for half in halves]
                     steps = [beside(row, FLOAT, place) for row in inputs]
                     both = [builder.fmul(factors[i % vectors], steps[i // vectors]) for i in range(len(sums))]
                     wholes = [builder.sitofp(part, FLOATS) for part in parts]
@@ -209,50 +232,49 @@ def _tile(rows: int, outputs: int, dots: bool = DOTS) -> Any:
     return tile
 
 
-tall, low = _tile(TALL, BESIDE), _tile(LOW, PANEL)
-four_panels, two_panels, one_panel = _tile(1, 4 * PANEL), _tile(1, 2 * PANEL), _tile(1, PANEL)
+tall, low = _tile(TALL, 1), _tile(LOW, BROAD)
+four_panels, two_panels, one_panel = _tile(1, 4), _tile(1, 2), _tile(1, 1)
 
 
 def product(x, x_at, x_step, rows, w, w_at, w_step, panels, abreast, kind, scales, k, ahead, out, out_at, out_step):  # type: ignore[no-untyped-def]
-    """out[r, 32 p + lane] = sum over j of x[r, j] * w[p, j, lane]; addresses, places from there, and strides.
+    """out[r, PANEL p + lane] = sum over j of x[r, j] * w[p, j, lane]; addresses, places from there, and strides.
 
-    `TALL` rows by one panel fill the registers; of several such blocks only the last has the next panel fetched, since
-    to ask costs a fifth of a block's time. A single row takes several panels `abreast`, so that enough sums are on
-    their way to hide how long one addition takes; but weights from beyond the caches come faster as a single stream.
-    `ahead` is the thread's list of what to fetch meanwhile. A kernel of its own, whose address the others get
-    (`SHAPE`): compiled once, and not into each of its callers.
+    `TALL` rows by one panel fill the registers; the next panel is fetched a part at a time while they do. A single row
+    takes several panels `abreast`, so that enough sums are on their way to hide how long one addition takes; but
+    weights from beyond the caches come faster as a single stream. `ahead` is the thread's list of what to fetch
+    meanwhile. A kernel of its own, whose address the others get (`SHAPE`): compiled once, and not into each of its
+    callers.
     """
-    blocks = (k + BLOCK - 1) // BLOCK
+    blocks, turns = (k + BLOCK - 1) // BLOCK, rows // TALL
     panel = 0
     while panel < panels:
         left = panels - panel
-        together = min(abreast, ABREAST if left >= ABREAST else 2 if left >= 2 else 1)
-        row = 0
-        if rows >= LOW:
-            for p in range(panel, panel + together):
+        together = 4 if left >= 4 else 2 if left >= 2 else 1
+        if rows == 1:
+            together = min(together, abreast)
+        for p in range(panel, panel + together):
+            from_w, to = w_at + p * w_step, out_at + p * PANEL
+            for turn in range(turns):
+                from_x, into = x_at + turn * TALL * x_step, to + turn * TALL * out_step
+                pieces = take(ahead, blocks)
+                tall(x, from_x, x_step, w, from_w, w_step, kind, scales, k, turn, turns, pieces, out, into, out_step)
+        done = turns * TALL
+        if together % BROAD == 0:
+            for p in range(panel, panel + together, BROAD):
                 from_w, to = w_at + p * w_step, out_at + p * PANEL
-                for part in range(0, PANEL, BESIDE):
-                    row = 0
-                    while row + TALL <= rows:
-                        from_x, into = x_at + row * x_step, to + row * out_step + part
-                        last, pieces = row + 2 * TALL > rows, take(ahead, blocks)
-                        tall(
-                            x, from_x, x_step, w, from_w, w_step, part, kind, scales, k, last, pieces,
-                            out, into, out_step,
-                        )  # fmt: skip
-                        row += TALL
-                while row + LOW <= rows:
+                for row in range(turns * TALL, rows - LOW + 1, LOW):
                     from_x, into = x_at + row * x_step, to + row * out_step
-                    low(x, from_x, x_step, w, from_w, w_step, 0, kind, scales, k, True, ahead, out, into, out_step)
-                    row += LOW
-        for r in range(row, rows):
-            from_x, from_w, to = x_at + r * x_step, w_at + panel * w_step, out_at + r * out_step + panel * PANEL
+                    turn = min(row, 1)  # the first rows have had the next panels fetched
+                    low(x, from_x, x_step, w, from_w, w_step, kind, scales, k, turn, 1, ahead, out, into, out_step)
+            done += (rows - done) // LOW * LOW
+        for row in range(done, rows):
+            from_x, from_w, to = x_at + row * x_step, w_at + panel * w_step, out_at + row * out_step + panel * PANEL
             if together == 4:
-                four_panels(x, from_x, x_step, w, from_w, w_step, 0, kind, scales, k, True, ahead, out, to, out_step)
+                four_panels(x, from_x, x_step, w, from_w, w_step, kind, scales, k, 0, 1, ahead, out, to, out_step)
             elif together == 2:
-                two_panels(x, from_x, x_step, w, from_w, w_step, 0, kind, scales, k, True, ahead, out, to, out_step)
+                two_panels(x, from_x, x_step, w, from_w, w_step, kind, scales, k, 0, 1, ahead, out, to, out_step)
             else:
-                one_panel(x, from_x, x_step, w, from_w, w_step, 0, kind, scales, k, True, ahead, out, to, out_step)
+                one_panel(x, from_x, x_step, w, from_w, w_step, kind, scales, k, 0, 1, ahead, out, to, out_step)
         panel += together
     return 0
 
