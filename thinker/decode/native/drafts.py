@@ -25,6 +25,7 @@ PATIENCE = 64  # tokens before the first draft, since getting ready for drafts t
 MEASURED = 0.015  # seconds for measuring what drafts of each length take
 FEW = 4  # tokens without a draft whose time is measured
 USUAL = 0.9  # the share of drafted tokens that are right, as long as nothing is known
+WORTH = 1.05  # so much faster drafts have to be, as no smaller gain can be measured
 MEMORY = 0.9  # of what was known before a check, so much counts after it
 FORGOTTEN = 0.03  # and so much of it is lost in a call without drafts
 
@@ -76,7 +77,8 @@ class Drafts:
         def speed(length: int) -> float:
             return sum(share**place for place in range(length + 1)) / self._seconds[length]
 
-        return max(self._seconds, key=speed)
+        best = max(self._seconds, key=speed)
+        return best if speed(best) > WORTH * speed(0) else 0
 
     def _write(
         self,
