@@ -1,4 +1,4 @@
-"""From a model's tensors to the kernels' layout: panels of 32 outputs side by side, padded with zeros.
+"""From a model's tensors to the kernels' layout: panels of outputs side by side, padded with zeros.
 
 Tensors of any float type or in Q8_0 come in by Thinker's names, one after another, so that never more than one is held
 twice. Panels of gate and up alternate, so that one pass makes both. What the places are is `layout.py`'s business.

@@ -242,11 +242,11 @@ four_panels, two_panels, one_panel = _tile(1, 4), _tile(1, 2), _tile(1, 1)
 def product(x, x_at, x_step, rows, w, w_at, w_step, panels, abreast, kind, scales, k, ahead, out, out_at, out_step):  # type: ignore[no-untyped-def]
     """out[r, PANEL p + lane] = sum over j of x[r, j] * w[p, j, lane]; addresses, places from there, and strides.
 
-    `TALL` rows by one panel fill the registers; the next panel is fetched a part at a time while they do. A single row
-    takes several panels `abreast`, so that enough sums are on their way to hide how long one addition takes; but
-    weights from beyond the caches come faster as a single stream. `ahead` is the thread's list of what to fetch
-    meanwhile. A kernel of its own, whose address the others get (`SHAPE`): compiled once, and not into each of its
-    callers.
+    `TALL` rows by one panel fill the registers; the next panel is fetched a part at a time while they do. Of the rows
+    that are left, `LOW` at a time take `BROAD` panels. A single row takes several panels `abreast`, so that enough sums
+    are on their way to hide how long one addition takes; but weights from beyond the caches come faster as a single
+    stream. `ahead` is the thread's list of what to fetch meanwhile. A kernel of its own, whose address the others get
+    (`SHAPE`): compiled once, and not into each of its callers.
     """
     blocks, turns = (k + BLOCK - 1) // BLOCK, rows // TALL
     panel = 0

@@ -18,7 +18,8 @@ SIZE = BLOCK * PANEL  # weights that share a line of scales
 def round_panels(wide, count, narrow, scales, scratch):  # type: ignore[no-untyped-def]
     """Round `count` weights: 1, or 0 as soon as a scale leaves float16. All but the count are addresses.
 
-    `scratch` is work space for 64 numbers. Bytes are written without a sign, as `rows.to_int16` explains.
+    `scratch` is work space for two numbers an output of a panel. Bytes are written without a sign, as `rows.to_int16`
+    explains.
     """
     largest, factor = floats(scratch, 0, PANEL), floats(scratch, PANEL, PANEL)
     for start in range(0, count, SIZE):
