@@ -62,6 +62,16 @@ def test_what_kernels_there_are_is_said(monkeypatch):
         assert (ours in reason) == (hindrance is None)
 
 
+def test_products_are_said_to_be_ours_where_they_are(monkeypatch):
+    """Bug: a run's record says that torch's library multiplied what we did, or the other way round."""
+    monkeypatch.setattr(room.kernels, "multiplies", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(room.kernels, "hindrance", lambda dtype: None)
+    monkeypatch.setattr(room.kernels, "form", lambda: "none")
+    for neglected, said in ((True, "attention, products, activations"), (False, "attention, activations")):
+        monkeypatch.setattr(room, "NEGLECTED", neglected)
+        assert room.own_kernels(64, compiled=True) == f"kernels: Thinker's own for {said} and the loss"
+
+
 def test_probing_changes_no_parameter():
     """Bug: the probe's gradients or an update leak into the run, which then depends on the probe."""
     model = ThinkerLM(CONFIG)

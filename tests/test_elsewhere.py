@@ -11,6 +11,7 @@ import pytest
 # Instructions, and what is printed: the numbers that are trained in, and how many kernels there are for them.
 OTHERS = {
     "haswell": ("avx2 fma f16c", "torch.float32 8\n"),
+    "znver2": ("avx2 fma f16c", "torch.float32 9\n"),
     "skylake-avx512": ("avx2 fma f16c avx512f avx512bw avx512dq avx512vl", "torch.float32 8\n"),
     "znver4": (
         "avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512vnni avx512bf16",

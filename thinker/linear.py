@@ -1,4 +1,4 @@
-"""Products with weights, y = x Wᵀ: torch's, and the fast form of their gradient, which equals its."""
+"""Products with weights, y = x Wᵀ: torch's, and the fast forms of them and of their gradients, which equal its."""
 
 # M outputs, K inputs
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .fused import weights
+from .fused import products, weights
 
 
 class Linear(nn.Linear):
@@ -20,9 +20,15 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, K) to (…, M)."""
-        if weights.serves(x, self.weight):
+        trained = torch.is_grad_enabled() and self.weight.requires_grad
+        if trained and (weights.serves(x, self.weight) or products.serves(x.flatten(0, -2), self.weight.T)):
             return _Product.apply(x, self.weight)
         return super().forward(x)
+
+
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ, of x (N, K) and weight (M, K) of one type."""
+    return products.product(x, weight.T) if products.serves(x, weight.T) else F.linear(x, weight)
 
 
 class _Product(torch.autograd.Function):
@@ -30,16 +36,20 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        narrow, matrix = x.to(torch.bfloat16), weight.to(torch.bfloat16)
-        ctx.save_for_backward(narrow, matrix)
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        rows, matrix = x.flatten(0, -2).to(dtype), weight.to(dtype)
+        ctx.save_for_backward(rows, matrix)
         ctx.dtypes = x.dtype, weight.dtype
-        return F.linear(narrow, matrix)
+        return project(rows, matrix).unflatten(0, x.shape[:-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, Tensor]:  # type: ignore[no-untyped-def]
-        narrow, matrix = ctx.saved_tensors
+        rows, matrix = ctx.saved_tensors
         x_dtype, weight_dtype = ctx.dtypes
-        x_grad = (upstream @ matrix).to(x_dtype) if ctx.needs_input_grad[0] else None
-        weight_grad = weights.gradient(upstream.flatten(0, -2), narrow.flatten(0, -2))
+        y_grad, x_grad = upstream.flatten(0, -2), None
+        if ctx.needs_input_grad[0]:
+            x_grad = products.times(y_grad, matrix).to(x_dtype).unflatten(0, upstream.shape[:-1])
+        by_tiles = rows.dtype == torch.bfloat16
+        weight_grad = weights.gradient(y_grad, rows) if by_tiles else products.times(y_grad.T, rows)
         return x_grad, weight_grad.to(weight_dtype)

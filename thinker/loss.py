@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .fused import cross_entropy as fused
+from .fused.products import times
+from .linear import project
 from .model import ThinkerLM
 
 IGNORE = -100  # a target that doesn't count, as everywhere in torch
@@ -101,10 +103,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden_grads = []
         head_grad = torch.zeros_like(head)
         for rows, wanted in zip(hidden.split(rows_at_once(head)), targets.split(rows_at_once(head)), strict=True):
-            loss, error = _loss_and_error(F.linear(rows, head), wanted)
+            loss, error = _loss_and_error(project(rows, head), wanted)
             total = total + loss
-            hidden_grads.append(error @ head)
-            head_grad = head_grad + error.T @ rows
+            hidden_grads.append(times(error, head))
+            head_grad = head_grad + times(error.T, rows)
         ctx.save_for_backward(torch.cat(hidden_grads).to(hidden.dtype), head_grad)
         return total
 

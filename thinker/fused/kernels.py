@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..compiled.library import Kernel
-from ..compiled.processor import JOINS_PRODUCTS, PAIRS_OF_BFLOAT16, TILES
+from ..compiled.processor import JOINS_PRODUCTS, NEGLECTED, PAIRS_OF_BFLOAT16, TILES
 
 NAMESPACE = "thinker"  # of operations, for torch
 SHARED = "parts", "scratch", "step_scratch"  # how a task is cut, the first part's own memory, bytes to the next one's
@@ -36,6 +36,7 @@ gate_forward, gate_backward = (_both("gating_kernels", name) for name in ("forwa
 norm_forward, norm_backward = (_both("norm_kernels", name) for name in ("forward", "backward"))
 take_softmax = _both("cross_entropy_kernels", "take_softmax")
 add_products = _kernel("weights_kernels", "add_products")
+multiply = _kernel("products_kernels", "multiply")
 fork = _kernel("threads", "fork", 6)
 EITHER = attend_forward, attend_backward, gate_forward, gate_backward, norm_forward, norm_backward, take_softmax
 # What a training wants whose products are of such numbers. Norms are of float32 in the other one too.
@@ -46,7 +47,7 @@ KERNELS = {
         *((add_products,) if TILES else ()),
         fork,
     ),
-    torch.float32: (*(kernel[torch.float32] for kernel in EITHER), fork),
+    torch.float32: (*(kernel[torch.float32] for kernel in EITHER), *((multiply,) if NEGLECTED else ()), fork),
 }
 
 LINE = 64  # bytes
@@ -112,8 +113,8 @@ def perform(
 
     Each has so many bytes of scratch memory.
     """
-    asked = any(is_available(dtype) for dtype, wanted in KERNELS.items() if kernel in wanted)
-    assert asked, "there must be such kernels, and the system must have been asked for tiles"
+    wanting = [dtype for dtype, wanted in KERNELS.items() if kernel in wanted]
+    assert not wanting or any(map(is_available, wanting)), "the system must have been asked for tiles"
     parts = min(torch.get_num_threads(), most or sys.maxsize)
     step = -(-scratch // LINE) * LINE
     memory = torch.empty(parts * step + LINE, dtype=torch.uint8)

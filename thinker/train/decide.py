@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..compiled.processor import NEGLECTED
 from ..fused import attention, kernels
 from ..loss import LossParts, NextTokenLoss
 from .config import TrainConfig
@@ -144,10 +145,11 @@ def own_kernels(head_width: int, compiled: bool) -> str:
     hindrance = kernels.hindrance(kernels.numbers())
     if hindrance is not None:
         return f"kernels: torch's alone, for want of Thinker's own ({hindrance})"
-    products = "" if kernels.form() == "none" else f" (products by {kernels.form()})"
+    form = "" if kernels.form() == "none" else f" (products by {kernels.form()})"
     parts = {
-        f"attention{products}": attention.fits(head_width),
+        f"attention{form}": attention.fits(head_width),
         "norms": not compiled,
+        "products": NEGLECTED and kernels.numbers() == torch.float32,
         "weights' gradients": kernels.form() == "tiles",
         "activations": True,
     }

@@ -16,9 +16,9 @@ from numba import njit
 from ...compiled.memory import bytes_, floats, integers, shorts
 from ...compiled.shares import share
 from .ahead import plan_ahead, turn_to
-from .atomics import barrier
 from .attention import add_attention, attend, multiply, norm_rows, project, taken
 from .layout import BLOCK, FLOAT32, GROUP, PANEL
+from .meetings import barrier
 from .mlp import contract, expand
 from .rows import sum_of_squares
 from .shares import by_whole_groups

@@ -7,19 +7,9 @@ from __future__ import annotations
 
 from numba import njit
 
-from .atomics import (
-    PATIENCE,
-    await_ring,
-    enter_python,
-    exchange,
-    give_way,
-    leave_python,
-    load,
-    pause,
-    ring,
-    store,
-)
+from ...compiled.atomics import PATIENCE, exchange, give_way, load, pause, store
 from .layout import ASLEEP, BELL, BUSY, ENDED, READY, STATE, STRIDE, TASK
+from .meetings import await_ring, enter_python, leave_python, ring
 from .turns import jobs, perform
 
 LOOKS = 50_000  # how often an idle helper looks for work before it sleeps, a few milliseconds

@@ -14,9 +14,9 @@ from ...compiled.memory import apart, doubles, floats, integers, marks, unsigned
 from ...compiled.shares import share
 from ...sampling_kernels import draw_one
 from .ahead import ask_for_vector
-from .atomics import barrier
 from .forward import embed, forward
 from .layout import JOB, SHAPE
+from .meetings import barrier
 
 shapes, jobs = view_of(from_dtype(SHAPE)), view_of(from_dtype(JOB))
 
