@@ -10,14 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..compiled.library import Kernel
 from . import kernels
-from .kernels import LINE, NAMESPACE
+from .kernels import LINE
+from .operations import operation
 
 BLOCK = 32  # queries that attend together; lengths are padded to a multiple of it, widths must be one
 PIECE = 64  # keys, and queries, whose scores are made together on the way back
@@ -60,10 +63,16 @@ def attend(
     cosines and sines (1 or B, 1, T, head_dim / 2) in float32, by which q and k are turned first.
     """
     cos, sin = (None, None) if rotation is None else rotation
-    return _forward(q, k, v, starts, cos, sin)[0]
+    return _Attended.apply(q, k, v, starts, cos, sin)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::attend", mutates_args=())
+def _empty(q: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    B, H, T = q.shape[:3]
+    tops, totals = (q.new_empty(B, H, _padded(T), dtype=torch.float32) for _ in range(2))
+    return _like(q), tops, totals
+
+
+@operation("attend", _empty)
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, cos: Tensor | None, sin: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,14 +83,13 @@ def _forward(
     return results
 
 
-@_forward.register_fake
-def _empty(q: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    B, H, T = q.shape[:3]
-    tops, totals = (q.new_empty(B, H, _padded(T), dtype=torch.float32) for _ in range(2))
-    return _like(q), tops, totals
+def _empty_gradients(
+    y_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(q), _like(k), _like(v)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::attend_backward", mutates_args=())
+@operation("attend_backward", _empty_gradients)
 def _backward(
     y_grad: Tensor,
     q: Tensor,
@@ -102,22 +110,17 @@ def _backward(
     return results
 
 
-@_backward.register_fake
-def _empty_gradients(
-    y_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(q), _like(k), _like(v)
+class _Attended(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs: Any) -> Tensor:  # type: ignore[no-untyped-def]
+        results = _forward(*inputs)
+        ctx.save_for_backward(*inputs, *results)
+        return results[0]
 
-
-def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs, *output)
-
-
-def _differentiate(ctx, y_grad: Tensor, _tops: Tensor, _totals: Tensor):  # type: ignore[no-untyped-def]
-    return *_backward(y_grad, *ctx.saved_tensors), None, None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_keep)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, y_grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        return *_backward(y_grad, *ctx.saved_tensors), None, None, None
 
 
 def _like(x: Tensor) -> Tensor:

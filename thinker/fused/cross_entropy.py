@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..compiled.processor import LANES
 from . import kernels
-from .kernels import NAMESPACE
+from .operations import operation
 
 _ADDRESSES = "logits", "targets", "sums", "margins"
 TASK = np.dtype([(name, np.int64) for name in (*kernels.SHARED, "rows", "columns", "ignored", *_ADDRESSES)])
@@ -30,7 +30,12 @@ def losses(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
     return sums.log() + margins
 
 
-@torch.library.custom_op(f"{NAMESPACE}::take_softmax", mutates_args=("logits",))
+def _empty(logits: Tensor, _targets: Tensor, _ignored: int) -> tuple[Tensor, Tensor]:
+    sums, margins = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
+    return sums, margins
+
+
+@operation("take_softmax", _empty, changed=("logits",))
 def _take_softmax(logits: Tensor, targets: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
     """Of each row the sum of e^(logit - largest), and by how much the target's logit is less than the largest."""
     assert logits.is_contiguous()
@@ -41,9 +46,3 @@ def _take_softmax(logits: Tensor, targets: Tensor, ignored: int) -> tuple[Tensor
     fields = {"rows": N, "columns": V, "ignored": ignored, **addresses}
     kernels.perform(kernels.take_softmax[logits.dtype], TASK, fields, 4 * (V + LANES))
     return results
-
-
-@_take_softmax.register_fake
-def _empty(logits: Tensor, _targets: Tensor, _ignored: int) -> tuple[Tensor, Tensor]:
-    sums, margins = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
-    return sums, margins

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..compiled.library import Kernel
 from ..compiled.processor import LANES
 from . import kernels
-from .kernels import NAMESPACE
+from .operations import operation
 
 _ADDRESSES = "gate", "up", "y", "y_grad", "gate_grad", "up_grad"
 TASK = np.dtype([(name, np.int64) for name in (*kernels.SHARED, "vectors", *_ADDRESSES)])
@@ -22,20 +23,27 @@ def serves(gate: Tensor) -> bool:
     return gate.requires_grad and gate.shape[-1] % LANES == 0 and kernels.serve(gate)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gate", mutates_args=())
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (…, F)."""
+    return _Gated.apply(gate, up)
+
+
+def _empty_result(gate: Tensor, _up: Tensor) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+@operation("gate", _empty_result)
+def _forward(gate: Tensor, up: Tensor) -> Tensor:
     y = _empty_result(gate, up)
     _perform(kernels.gate_forward, gate=gate, up=up, y=y)
     return y
 
 
-@gated.register_fake
-def _empty_result(gate: Tensor, _up: Tensor) -> Tensor:
-    return gate.new_empty(gate.shape)
+def _empty_gradients(_y_grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gate_backward", mutates_args=())
+@operation("gate_backward", _empty_gradients)
 def _backward(y_grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of gate and up."""
     results = _empty_gradients(y_grad, gate, up)
@@ -43,20 +51,16 @@ def _backward(y_grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]
     return results
 
 
-@_backward.register_fake
-def _empty_gradients(_y_grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(gate, up)
+        return _forward(gate, up)
 
-
-def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs)
-
-
-def _differentiate(ctx, y_grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-    return _backward(y_grad, *ctx.saved_tensors)
-
-
-gated.register_autograd(_differentiate, setup_context=_keep)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, y_grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+        return _backward(y_grad, *ctx.saved_tensors)
 
 
 def _perform(either: Mapping[torch.dtype, Kernel], **tensors: Tensor) -> None:

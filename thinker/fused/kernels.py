@@ -17,7 +17,6 @@ from torch import Tensor
 from ..compiled.library import Kernel
 from ..compiled.processor import JOINS_PRODUCTS, NEGLECTED, PAIRS_OF_BFLOAT16, TILES
 
-NAMESPACE = "thinker"  # of operations, for torch
 SHARED = "parts", "scratch", "step_scratch"  # how a task is cut, the first part's own memory, bytes to the next one's
 SOURCES = list(Path(__file__).parent.glob("*.py"))
 
@@ -118,11 +117,9 @@ def perform(
     parts = min(torch.get_num_threads(), most or sys.maxsize)
     step = -(-scratch // LINE) * LINE
     memory = torch.empty(parts * step + LINE, dtype=torch.uint8)
-    task = np.zeros(1, kind)
-    record = task[0]
     shared = zip(SHARED, (parts, -(-memory.data_ptr() // LINE) * LINE, step), strict=True)
-    for name, value in {**dict(shared), **fields}.items():
-        record[name] = value
+    values = {**dict(zip(kind.names or (), np.zeros((), kind).tolist(), strict=True)), **dict(shared), **fields}
+    task = np.array([tuple(values.values())], kind)
     fork(*threads(), kernel.prepare(), task.ctypes.data, parts)
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..compiled.library import Kernel
 from ..compiled.processor import LANES
 from . import kernels
-from .kernels import NAMESPACE
+from .operations import operation
 
 ROWS = 64  # whose shares of the scale's gradient are added up together, whatever the number of threads
 
@@ -40,20 +41,28 @@ def serves(x: Tensor, scale: Tensor) -> bool:
     )
 
 
-@torch.library.custom_op(f"{NAMESPACE}::norm", mutates_args=())
 def normed(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) * scale for each row, in float32 between."""
+    return _Normed.apply(x, scale, eps)
+
+
+def _empty_result(x: Tensor, _scale: Tensor, _eps: float) -> Tensor:
+    return torch.empty_like(x) if x.stride(-1) == 1 else x.new_empty(x.shape)
+
+
+@operation("norm", _empty_result)
+def _forward(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     y = _empty_result(x, scale, eps)
     _perform(kernels.norm_forward, {"x": x, "y": y}, scale, eps)
     return y
 
 
-@normed.register_fake
-def _empty_result(x: Tensor, _scale: Tensor, _eps: float) -> Tensor:
-    return torch.empty_like(x) if x.stride(-1) == 1 else x.new_empty(x.shape)
+def _empty_gradients(_y_grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    W = x.shape[-1]
+    return _empty_result(x, scale, eps), scale.new_empty(-(-x.numel() // (W * ROWS)), W)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::norm_backward", mutates_args=())
+@operation("norm_backward", _empty_gradients)
 def _backward(y_grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The gradients of x, and of the scale by each ROWS rows, (N / ROWS, W)."""
     results = x_grad, sums = _empty_gradients(y_grad, x, scale, eps)
@@ -61,23 +70,19 @@ def _backward(y_grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Ten
     return results
 
 
-@_backward.register_fake
-def _empty_gradients(_y_grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    W = x.shape[-1]
-    return _empty_result(x, scale, eps), scale.new_empty(-(-x.numel() // (W * ROWS)), W)
+class _Normed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, eps: float) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, scale)
+        ctx.eps = eps
+        return _forward(x, scale, eps)
 
-
-def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate(ctx, y_grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
-    x_grad, sums = _backward(y_grad, *ctx.saved_tensors, ctx.eps)
-    return x_grad, sums.sum(dim=0), None
-
-
-normed.register_autograd(_differentiate, setup_context=_keep)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, y_grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
+        x, scale = ctx.saved_tensors
+        x_grad, sums = _backward(y_grad, x, scale, ctx.eps)
+        return x_grad, sums.sum(dim=0), None
 
 
 def _perform(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..compiled.processor import LANES, NEGLECTED
 from . import kernels
-from .kernels import NAMESPACE
+from .operations import operation
 
 # Rows and columns of the result that are added up in registers, over so many inputs: of the right side that is half the
 # nearest cache, of the left a fifth of a core's own, for so many rows at once.
@@ -47,7 +47,11 @@ def serves(left: Tensor, right: Tensor) -> bool:
     )
 
 
-@torch.library.custom_op(f"{NAMESPACE}::product", mutates_args=())
+def _empty(left: Tensor, right: Tensor) -> Tensor:
+    return left.new_empty(len(left), right.shape[1])
+
+
+@operation("product", _empty)
 def product(left: Tensor, right: Tensor) -> Tensor:
     """left (N, K) times right (K, M), of float32: (N, M). Either may lie across the memory.
 
@@ -65,11 +69,6 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     fields = dict(zip(_FIELDS, (*sizes, *places), strict=True))
     kernels.perform(kernels.multiply, TASK, fields, 4 * (ROWS * DEPTH + HEIGHT * PANEL))
     return result
-
-
-@product.register_fake
-def _empty(left: Tensor, right: Tensor) -> Tensor:
-    return left.new_empty(len(left), right.shape[1])
 
 
 def _in_lines(x: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..compiled.processor import TILES
 from . import kernels
-from .kernels import NAMESPACE, STEP
+from .kernels import STEP
+from .operations import operation
 
 # A block of the gradient, and its tokens at a time: two tiles' rows and columns of them are two thirds of the nearest
 # cache, and the whole half of a core's own.
@@ -40,7 +41,12 @@ def serves(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-@torch.library.custom_op(f"{NAMESPACE}::weight_gradient", mutates_args=())
+def _empty(y_grad: Tensor, x: Tensor, ends: Tensor | None = None) -> Tensor:
+    groups = () if ends is None else (len(ends),)
+    return y_grad.new_empty(*groups, y_grad.shape[1], x.shape[1], dtype=torch.float32)
+
+
+@operation("weight_gradient", _empty)
 def gradient(y_grad: Tensor, x: Tensor, ends: Tensor | None = None) -> Tensor:
     """y_gradᵀ x, (M, K) in float32, of bfloat16 y_grad (N, M) and x (N, K).
 
@@ -56,9 +62,3 @@ def gradient(y_grad: Tensor, x: Tensor, ends: Tensor | None = None) -> Tensor:
     fields = dict(zip(_FIELDS, (len(ends), ends.data_ptr(), *result.shape[-2:], *addresses), strict=True))
     kernels.perform(kernels.add_products, TASK, fields, 2 * TOKENS * (ROWS + COLUMNS))
     return result
-
-
-@gradient.register_fake
-def _empty(y_grad: Tensor, x: Tensor, ends: Tensor | None = None) -> Tensor:
-    groups = () if ends is None else (len(ends),)
-    return y_grad.new_empty(*groups, y_grad.shape[1], x.shape[1], dtype=torch.float32)

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_iter
 
 from .. import attention
 from ..fused import kernels
+from ..fused.operations import NAMESPACE
 from .allocator import Heap
 from .decide import Precision, probe, worth_probing
 from .loop import take_step
@@ -98,7 +99,7 @@ class Ledger(TorchDispatchMode):
             return {torch.bool: False}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 0)
         if func is aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1]):
             return args[0].new_empty(0)  # only checks do this: none was wrong
-        if func.namespace not in ("aten", kernels.NAMESPACE) or func.is_view or func is aten._unsafe_view.default:
+        if func.namespace not in ("aten", NAMESPACE) or func.is_view or func is aten._unsafe_view.default:
             return func(*args, **(kwargs or {}))
         self._count_product(func, args)
         in_loops = self.compiled and self.kind in (ACTIVATIONS, LOGITS)
