@@ -146,6 +146,7 @@ def test_they_are_taken_where_they_pay_alone(calls: list[tuple[int, ...]], monke
     step(Linear(63, 96), draw(64, 63), upstream)
     step(Linear(64, 63), x, draw(64, 63))
     step(Linear(64, 96).double(), x.double(), upstream.double())
+    layer(x[0])
     with torch.no_grad():
         layer(x)
     with torch.autocast("cpu", torch.bfloat16):

@@ -21,13 +21,13 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(…, K) to (…, M)."""
         trained = torch.is_grad_enabled() and self.weight.requires_grad
-        if trained and (weights.serves(x, self.weight) or products.serves(x.flatten(0, -2), self.weight.T)):
+        if trained and (weights.serves(x, self.weight) or products.serves(x, self.weight.T)):
             return _Product.apply(x, self.weight)
         return super().forward(x)
 
 
 def project(x: Tensor, weight: Tensor) -> Tensor:
-    """x Wᵀ, of x (N, K) and weight (M, K) of one type."""
+    """x Wᵀ, of x (N, K) and weight (M, K) of one type, without a gradient: (N, M)."""
     return products.product(x, weight.T) if products.serves(x, weight.T) else F.linear(x, weight)
 
 

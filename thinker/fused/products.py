@@ -29,20 +29,21 @@ BEGUN, DONE = (_WORDS.index(name) for name in ("begun", "done"))  # of how many 
 
 
 def times(left: Tensor, right: Tensor) -> Tensor:
-    """left (N, K) times right (K, M): (N, M)."""
+    """left (N, K) times right (K, M), without a gradient: (N, M)."""
     return product(left, right) if serves(left, right) else left @ right
 
 
 def serves(left: Tensor, right: Tensor) -> bool:
-    """Whether these are multiplied here."""
-    (rows, inputs), columns = left.shape, right.shape[1]
+    """Whether left (…, K) and right (K, M) are multiplied here."""
+    inputs, columns = right.shape
     return (
         NEGLECTED
         and left.device.type == "cpu"
         and left.dtype == right.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and min(rows, inputs, columns) >= LEAST
-        and rows * inputs * columns >= WORK
+        and min(inputs, columns) >= LEAST
+        and left.numel() >= LEAST * inputs
+        and left.numel() * columns >= WORK
         and kernels.is_available(torch.float32)
     )
 

@@ -16,11 +16,11 @@ from numba.extending import intrinsic
 from ..compiled.atomics import add, await_value
 from ..compiled.memory import floats, pointer, view_of
 from ..compiled.vectors import BYTE, FLOAT, FLOATS, INT, LANES, WORD, fetch, fma, load, loop, same, spread, store
+from .kernels import LINE
 from .moves import transpose
 from .products import BEGUN, DEPTH, DONE, HEIGHT, PANEL, PORTION, ROWS, TASK
 
 TURN = 4  # inputs at once
-LINE = 64  # bytes
 
 tasks = view_of(from_dtype(TASK))
 
