@@ -87,6 +87,7 @@ def test_it_fits_and_nothing_is_written(text, capsys, tmp_path):
     assert report["seconds"] == pytest.approx(10 * report["seconds_per_step_uncompiled"])
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_a_failed_check_with_a_remedy(text):
     """Bug: exit status 0 for a run that dies, or a remedy that changes the tokens of a step."""
 

@@ -44,6 +44,7 @@ def test_parts_are_counted_and_nothing_is_made():
     assert grown < found.peak / 5
 
 
+@pytest.mark.slow
 def test_less_is_counted_where_less_is_needed(monkeypatch):
     """Bug: recomputing, fewer rows, or one kernel for attention make no difference to the estimate."""
     precision = str(kernels.numbers()).removeprefix("torch.")
