@@ -105,8 +105,8 @@ def test_what_does_not_fit_is_a_failed_check_with_a_remedy(text):
     status, printed = dry_run(f"--d-model 128 --batch-size 512 --memory {limit}")
     assert status == 1
     assert "It does not fit" in printed
-    found = re.search(r"Nearest that fits: --batch-size (\d+) --accumulate (\d+).* \((\d+) MB\)", printed)
-    rows, times, size = map(int, found.groups())
+    found = re.search(r"Nearest that fits: --batch-size (\d+) --accumulate (\d+).* \(([\d,]+) MB\)", printed)
+    rows, times, size = (int(number.replace(",", "")) for number in found.groups())
     assert rows * times == 512
     assert size <= limit / 1e6 + 1
 
