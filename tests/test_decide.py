@@ -45,6 +45,7 @@ def test_what_kernels_there_are_is_said(monkeypatch):
     """Bug: a run is slow because Numba is broken, and nobody learns of it."""
     monkeypatch.setattr(room, "probe", lambda module, batch, device, name: 1.0)
     monkeypatch.setattr(room.kernels, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(room, "NEGLECTED", False)
     settings = TrainConfig(steps=10, precision="bfloat16")
     config = CONFIG.changed(d_model=64, n_heads=2)
     ours, compiled = "Thinker's own for attention (products by", settings.model_copy(update={"compile": "on"})
@@ -64,7 +65,6 @@ def test_what_kernels_there_are_is_said(monkeypatch):
 
 def test_products_are_said_to_be_ours_where_they_are(monkeypatch):
     """Bug: a run's record says that torch's library multiplied what we did, or the other way round."""
-    monkeypatch.setattr(room.kernels, "multiplies", lambda dtype: dtype == torch.float32)
     monkeypatch.setattr(room.kernels, "hindrance", lambda dtype: None)
     monkeypatch.setattr(room.kernels, "form", lambda: "none")
     for neglected, said in ((True, "attention, products, activations"), (False, "attention, activations")):

@@ -149,7 +149,7 @@ def own_kernels(head_width: int, compiled: bool) -> str:
     parts = {
         f"attention{form}": attention.fits(head_width),
         "norms": not compiled,
-        "products": NEGLECTED and kernels.numbers() == torch.float32,
+        "products": NEGLECTED,
         "weights' gradients": kernels.form() == "tiles",
         "activations": True,
     }
