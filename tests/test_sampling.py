@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
 from thinker.sampling import Draws, Sampling
-from thinker.sampling_kernels import ONE, kth_largest, least_in_mass
+from thinker.sampling_kernels import ONE, kth_largest, mass_before, mass_from, share_of
 
 V = 40
 
@@ -60,6 +62,8 @@ def drawn(logits, settings, count, prompt=()):
         {"top_k": 12, "top_p": 0.8, "min_p": 0.05, "temperature": 1.3},
         {"repetition_penalty": 1.8},
         {"temperature": 3.0, "top_p": 0.6, "temperature_last": True},
+        {"temperature": 0.7, "top_k": 9, "top_p": 0.3, "temperature_last": True},
+        {"top_p": 0.05, "min_p": 0.9},
         {"top_k": 1},
         {"top_p": 1e-9},
     ],
@@ -79,23 +83,32 @@ def test_candidates_and_frequencies_are_the_references(options):
 
 @pytest.mark.parametrize("equals", [False, True], ids=["apart", "with equals"])
 @pytest.mark.parametrize("share", [0.3, 0.9, 0.95, 0.999, 1 - 1e-6])
-def test_top_p_finds_its_border_among_thousands(share, equals):
-    """Bug: bisection forgets the mass of what it has left behind, or counts what lies on its bounds twice."""
+def test_top_p_knows_who_is_in_among_thousands(share, equals):
+    """Bug: a candidate's equals count all or not at all, or it counts itself."""
     draws = np.random.default_rng(5)
-    # Whole numbers of a few bits meet every middle of the bisection, beside the largest weight there can be.
     weights = np.append(draws.integers(0, 3000, 4000) * (1 if equals else 99_991), ONE).astype(np.int32)
-    kept = weights.copy()
-    least = least_in_mass(kept, share, np.empty_like(weights))
+    wanted = share_of(share, mass_from(weights, weights, 1))
+    within = [id for id, weight in enumerate(weights) if mass_before(weights, weights, weight, id)[1] < wanted]
     order = np.argsort(-weights, kind="stable")
     before = np.cumsum(weights[order], dtype=np.int64) - weights[order]
     needed = order[before < np.ceil(share * weights.sum(dtype=np.int64))]
-    assert set(np.nonzero(kept >= least)[0]) == set(needed)
+    assert within == sorted(needed)
+
+
+@pytest.mark.parametrize("share", [1e-6, 0.02, 0.5])
+def test_top_p_among_equals(share):
+    """Bug: a draw that is not the first ends among others, comes too often, or never comes to an end."""
+    logits = np.concatenate([np.zeros(300), np.full(700, -3.0)]).astype(np.float32)
+    among = max(1, round(share * (300 + 700 * math.exp(-3))))
+    frequency = np.bincount(drawn(logits, Sampling(temperature=1.0, top_p=share), 4000), minlength=1000)
+    assert frequency[among + 1 :].sum() == 0, "one more by rounding, at most"
+    assert (np.abs(frequency[: among - 1] - 4000 / among) <= 5 * math.sqrt(4000 / among)).all()
 
 
 @pytest.mark.parametrize("k", [1, 2, 50, 700, 3999, 4000])
 @pytest.mark.parametrize("spread", [40, 3000, 1 << 30])
 def test_top_k_finds_its_border_among_thousands(k, spread):
-    """Bug: as above, of counts; or a candidate too many where none equals the k-th."""
+    """Bug: bisection forgets those it has left behind; or a candidate too many where none equals the k-th."""
     ranks = np.random.default_rng(6).integers(-spread, spread, 4000).astype(np.int32)
     least = kth_largest(ranks, ranks.max(), k, np.empty_like(ranks))
     kth = np.sort(ranks)[-k]

@@ -1,7 +1,7 @@
 """The compiled half of `sampling.py`: logits to one token, in plain loops over whole numbers.
 
 Weights of candidates are whole numbers (probability relative to the largest, times 2^30): their sums are exact in any
-order, and nothing is sorted, because bisection finds the border of top-k and top-p. What is less likely than the
+order. Nothing is sorted: bisection finds the border of top-k, and top-p needs none. What is less likely than the
 likeliest candidate by a factor of 2^31 is never drawn. What the settings mean is said in `sampling.py`.
 """
 
@@ -21,6 +21,8 @@ ONE = 1 << 30  # the weight of the likeliest candidate
 LOWEST = -(1 << 31)  # the rank of what can't be drawn
 BLOCK = 64  # candidates looked through at once
 LOOKS = 4  # before a bisection leaves behind what its border can't be among
+NEAREST = np.float32(3 << 22)  # added to a small number it leaves no bits after the point
+LN2 = tuple(np.float32(math.log(2) ** i / math.factorial(i)) for i in range(7))
 
 
 def draw_rows(slots, n, logits, V, settings, keys, seen, scratch, tokens):  # type: ignore[no-untyped-def]
@@ -52,8 +54,7 @@ def draw_one(logits, settings, key, seen, order, weights, scores):  # type: igno
         if settings[TEMPERATURE] == 0:
             token = first_equal(order, largest)
         else:
-            least = truncate(scores, order, weights, largest, settings)
-            token = pick(weights, least, random_bits(key[SEED], key[REQUEST], key[INDEX]))
+            token = draw(scores, order, weights, largest, settings, key)
     if token >= 0:
         seen[token] = 1
     key[INDEX] += np.uint64(1)
@@ -105,8 +106,12 @@ def first_equal(order, value):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
-def truncate(scores, order, weights, largest, settings):  # type: ignore[no-untyped-def]
-    """Weigh the candidates; top-k, top-p and min-p leave those that weigh at least what this returns."""
+def draw(scores, order, weights, largest, settings, key):  # type: ignore[no-untyped-def]
+    """One of those that top-k, top-p and min-p leave.
+
+    The border of top-p is never looked for: a candidate that it leaves out is drawn again, among those before it, and
+    the one that stands has the chances it had among those that top-p leaves (rejection sampling).
+    """
     top = np.int32(flip(largest)).view(np.float32)
     last = settings[TEMPERATURE_LAST] != 0
     temperature = np.float32(max(settings[TEMPERATURE], 1e-30))
@@ -117,36 +122,36 @@ def truncate(scores, order, weights, largest, settings):  # type: ignore[no-unty
     if among != LOWEST:
         for i in range(scores.shape[0]):
             weights[i] = weights[i] if order[i] >= among else np.int32(0)
-    least = np.int64(1)
-    if settings[TOP_P] < 1:
-        least = least_in_mass(weights, settings[TOP_P], order)
-    least = max(least, np.int64(math.ceil(settings[MIN_P] * ONE)))
+    wanted = share_of(settings[TOP_P], mass_from(weights, weights, 1))
+    masses = weights
     if last:
-        for i in range(scores.shape[0]):
-            scores[i] = scores[i] if weights[i] >= least else np.float32(-np.inf)
-        weigh(scores, top, temperature, weights)
-        least = np.int64(1)
-    return least
+        masses = order
+        weigh(scores, top, temperature, masses)
+    least, first = max(np.int64(1), np.int64(math.ceil(settings[MIN_P] * ONE))), np.int64(scores.shape[0])
+    index = key[INDEX]
+    while True:
+        token = pick(masses, weights, least, first, random_bits(key[SEED], key[REQUEST], index))
+        least, first = np.int64(weights[token]), np.int64(token)
+        if settings[TOP_P] == 1 or mass_before(weights, weights, least, first)[1] < wanted:
+            return token
+        index += np.uint64(1 << 32)  # a text has fewer tokens
 
 
 @njit(error_model="numpy")
 def weigh(scores, top, temperature, weights):  # type: ignore[no-untyped-def]
     """exp((score - top) / temperature) times 2^30, rounded to whole numbers."""
-    # exp(x) = 2^n exp(r) with |r| <= ln(2) / 2, exp(r) by its Taylor series: plain arithmetic that compiles to vectors.
+    # 2^x = 2^n 2^r with |r| <= 1/2, 2^r by its Taylor series: plain arithmetic that compiles to vectors, its parts side
+    # by side, as a processor sees only some sixty steps ahead.
+    factor = np.float32(1 / math.log(2)) / temperature
     for i in range(scores.shape[0]):
-        x = (scores[i] - top) / temperature
-        x = x if x > np.float32(-30) else np.float32(-30)  # NaN and -inf too; exp(-30) 2^30 rounds to 0
-        n = np.int32(x * np.float32(1.44269504) - np.float32(0.5))  # towards zero: to the nearest, as x <= 0
-        r = x - np.float32(n) * np.float32(0.693359375) + np.float32(n) * np.float32(2.12194440e-4)
-        power = np.float32(1 / 5040)
-        power = power * r + np.float32(1 / 720)
-        power = power * r + np.float32(1 / 120)
-        power = power * r + np.float32(1 / 24)
-        power = power * r + np.float32(1 / 6)
-        power = power * r + np.float32(1 / 2)
-        power = power * r + np.float32(1)
-        power = power * r + np.float32(1)
-        scale = np.int32((n + 157) << 23).view(np.float32)  # 2^(n + 30) by its bits
+        x = (scores[i] - top) * factor
+        x = x if x > np.float32(-32) else np.float32(-32)  # NaN and -inf too; 2^-32 2^30 rounds to 0
+        n = np.float32(x + NEAREST)  # its lowest bits are those of the whole number
+        r = x - np.float32(n - NEAREST)
+        square = r * r
+        power = np.float32(1) + r * LN2[1] + square * (LN2[2] + r * LN2[3])
+        power += square * square * (LN2[4] + r * LN2[5] + square * LN2[6])
+        scale = np.int32((n.view(np.int32) << 23) + (157 << 23)).view(np.float32)  # 2^(n + 30) by its bits
         weights[i] = np.int32(power * scale + np.float32(0.5))
 
 
@@ -173,37 +178,6 @@ def kth_largest(order, largest, k, space):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
-def least_in_mass(weights, share, space):  # type: ignore[no-untyped-def]
-    """From which weight on the fewest largest candidates reach a share of the sum (arXiv 1904.09751).
-
-    Equals at the border beyond those that are needed get weight 0.
-    """
-    low, high = np.int64(1), np.int64(ONE + 1)
-    enough, less = mass_from(weights, low), np.int64(0)  # the sums from `low` and from `high` on
-    wanted = min(max(np.int64(math.ceil(share * enough)), 1), enough)
-    left, beyond, looks = weights, np.int64(0), 0
-    # The geometric middle, as weights span nine decades; done when a single candidate, or equals, are left between.
-    while high - low > 1 and enough - less >= 2 * low:
-        middle = min(max(np.int64(math.sqrt(low * high)), low + 1), high - 1)
-        mass = beyond + mass_from(left, middle)
-        if mass >= wanted:
-            low, enough = middle, mass
-        else:
-            high, less = middle, mass
-        looks += 1
-        if looks % LOOKS == 0:
-            left, beyond = space[: keep_between(left, low, high, space)], less
-    needed = -((less - wanted) // low)
-    if enough - less >= (needed + 1) * low:
-        for i in range(weights.shape[0]):
-            if weights[i] == low:
-                needed -= 1
-                if needed < 0:
-                    weights[i] = 0
-    return low
-
-
-@njit(error_model="numpy")
 def keep_between(numbers, low, high, space):  # type: ignore[no-untyped-def]
     """Put those that are at least `low` and less than `high` into `space`, which may be where they are: how many."""
     count, first, width = np.int64(0), np.uint32(low), np.uint32(high - low)
@@ -214,18 +188,32 @@ def keep_between(numbers, low, high, space):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
-def mass_from(weights, least):  # type: ignore[no-untyped-def]
-    """The sum of the weights that are at least `least`."""
+def share_of(share, mass):  # type: ignore[no-untyped-def]
+    """What candidates must weigh together to reach a share of the mass, at least 1."""
+    return min(max(np.int64(math.ceil(share * mass)), 1), mass)
+
+
+@njit(error_model="numpy")
+def mass_before(masses, weights, least, first):  # type: ignore[no-untyped-def]
+    """The mass of those before (least, first), heavier or as heavy with a lower id: of ids below first, and of all."""
+    lower = mass_from(masses[:first], weights[:first], least)
+    return lower, lower + mass_from(masses[first:], weights[first:], least + 1)
+
+
+@njit(error_model="numpy")
+def mass_from(masses, weights, least):  # type: ignore[no-untyped-def]
+    """The masses of those that weigh at least `least`."""
     mass, least = np.int64(0), np.int32(least)
-    for i in range(weights.shape[0]):
-        mass += weights[i] if weights[i] >= least else np.int32(0)
+    for i in range(masses.shape[0]):
+        one = masses[i]  # read in any case: so it compiles to vectors
+        mass += one if weights[i] >= least else np.int32(0)
     return mass
 
 
 @njit(error_model="numpy")
-def pick(weights, least, bits):  # type: ignore[no-untyped-def]
-    """The candidate at which the running sum of the weights passes a uniform random part of their total."""
-    total = mass_from(weights, least)
+def pick(masses, weights, least, first, bits):  # type: ignore[no-untyped-def]
+    """A candidate before (least, first), drawn by its mass with 64 random bits."""
+    lower, total = mass_before(masses, weights, least, first)
     # The upper half of the product bits * total, each split into halves of 32 bits: total < 2^62.
     mask, half = np.uint64(0xFFFFFFFF), np.uint64(32)
     mass = np.uint64(total)
@@ -233,17 +221,23 @@ def pick(weights, least, bits):  # type: ignore[no-untyped-def]
     middle = (bits >> half) * (mass & mask) + (low >> half)
     cross = (bits & mask) * (mass >> half) + (middle & mask)
     target = np.int64((bits >> half) * (mass >> half) + (middle >> half) + (cross >> half))  # 0 <= target < total
-    start, passed, least = 0, np.int64(0), np.int32(least)
-    while start + BLOCK < weights.shape[0]:
-        block = np.int64(0)
-        for i in range(start, start + BLOCK):
-            block += weights[i] if weights[i] >= least else np.int32(0)
+    if target < lower:
+        return passing(masses[:first], weights[:first], least, target)
+    return first + passing(masses[first:], weights[first:], least + 1, target - lower)
+
+
+@njit(error_model="numpy")
+def passing(masses, weights, least, target):  # type: ignore[no-untyped-def]
+    """The id at which the running mass of those that weigh at least `least` passes the target."""
+    start, passed = 0, np.int64(0)
+    while start + BLOCK < masses.shape[0]:
+        block = mass_from(masses[start : start + BLOCK], weights[start : start + BLOCK], least)
         if passed + block > target:
             break
         passed += block
         start += BLOCK
-    for i in range(start, weights.shape[0]):
-        passed += weights[i] if weights[i] >= least else np.int32(0)
+    for i in range(start, masses.shape[0]):
+        passed += masses[i] if weights[i] >= least else np.int32(0)
         if passed > target:
             return i
     return -1
