@@ -77,6 +77,7 @@ def test_size_of_the_tiny_model() -> None:
         ({"kv_groups": 2}, ["kv_groups 2", "use_gqa"]),
         ({"use_moe": True, "use_swiglu": False}, ["use_moe", "use_swiglu"]),
         ({"use_moe": True, "num_experts_per_tok": 9}, ["num_experts_per_tok 9", "num_experts 8", "lower"]),
+        ({"layer_scale": 0}, ["layer_scale 0", "never trains", "0.1"]),
         ({"activation": "swish"}, ["activation", "'swish'", "silu"]),
         ({"dropout": 1.0}, ["dropout", "1.0", "less than 1"]),
         ({"n_layers": "four"}, ["n_layers", "'four'", "integer"]),

@@ -63,13 +63,23 @@ def test_what_kernels_there_are_is_said(monkeypatch):
         assert (ours in reason) == (hindrance is None)
 
 
-def test_products_are_said_to_be_ours_where_they_are(monkeypatch):
-    """Bug: a run's record says that torch's library multiplied what we did, or the other way round."""
+def test_kernels_are_said_to_be_ours_where_they_are(monkeypatch):
+    """Bug: a run's record says that torch's library did what we did, or the other way round."""
     monkeypatch.setattr(room.kernels, "hindrance", lambda dtype: None)
     monkeypatch.setattr(room.kernels, "form", lambda: "none")
-    for neglected, said in ((True, "attention, products, activations"), (False, "attention, activations")):
+    odd, plain = (
+        CONFIG.changed(d_model=72, n_heads=2, d_ff=100),
+        CONFIG.changed(d_model=64, use_swiglu=False, n_heads=2),
+    )
+    for neglected, config, said in (
+        (True, ThinkerConfig(), "attention, norms, products, activations and the loss"),
+        (False, ThinkerConfig(), "attention, norms, activations and the loss"),
+        (True, odd, "products and the loss"),
+        (False, plain, "attention, norms and the loss"),
+    ):
         monkeypatch.setattr(room, "NEGLECTED", neglected)
-        assert room.own_kernels(64, compiled=True) == f"kernels: Thinker's own for {said} and the loss"
+        assert room.own_kernels(config, compiled=False) == f"kernels: Thinker's own for {said}"
+    assert "norms" not in room.own_kernels(ThinkerConfig(), compiled=True)
 
 
 def test_probing_changes_no_parameter():

@@ -119,6 +119,14 @@ def test_norms_of_any_strides(dtype: torch.dtype) -> None:
     assert torch.equal(own_norm(x[:1].expand(3, 11, 32), scale)[2], want[0][0])
 
 
+@needs_kernels
+def test_widths_that_do_not_fit_are_refused() -> None:
+    """Bug: with torch's own check left out, a kernel reads beyond the scale, or uses a part of it."""
+    for width in (32, 128):
+        with pytest.raises(RuntimeError, match="must match"):
+            RMSNorm(64, NORM_EPS)(draw(3, width, dtype=torch.float32).requires_grad_())
+
+
 def exact_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Each row's loss and its gradient, in float64."""
     wide = logits.double().requires_grad_()

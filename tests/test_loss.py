@@ -156,6 +156,24 @@ def test_embeddings_train_too(build: Build) -> None:
     assert float(embeddings.grad[:, 0].abs().amax(dim=-1).min()) > 0
 
 
+def test_what_is_frozen_gets_no_gradient_and_changes_no_other(build: Build) -> None:
+    """Catches a frozen head whose gradient is computed all the same, or its own way where nothing trains."""
+    model, tokens, targets = build(ThinkerConfig(**SMALL)), ids(2, 9), targets_with_gaps(2, 9)
+    module = NextTokenLoss(model)
+    module(tokens, targets).total.backward()
+    want = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    model.head.requires_grad_(False)
+    module(tokens, targets).total.backward()
+    for name, parameter in model.named_parameters():
+        if name == "head.weight":
+            assert parameter.grad is None
+        else:
+            assert torch.equal(parameter.grad, want[name])
+    model.requires_grad_(False)
+    assert not module(tokens, targets).total.requires_grad
+
+
 @pytest.mark.parametrize(
     ("targets", "said"),
     [
@@ -164,6 +182,7 @@ def test_embeddings_train_too(build: Build) -> None:
         (ids(1, 1), r"\(1, 1\).*\(2, 9\)"),
         (torch.full((2, 9), -1), "-1 .*vocabulary of 61.*-100"),
         (torch.full((2, 9), 61), "61 .*vocabulary of 61"),
+        (ids(2, 9).int(), r"torch\.int32: give torch\.int64"),
     ],
 )
 def test_targets_that_cannot_be_meant(build: Build, targets: Tensor, said: str) -> None:
@@ -222,6 +241,11 @@ def test_balance_of_a_model_leaves_padding_out(build: Build) -> None:
     parts.balance.backward()
     for block in model.blocks:
         assert float(block.moe.router.weight.grad.norm()) > 0
+
+
+def test_balance_of_nothing_but_padding() -> None:
+    """Catches a NaN that an empty part of a batch, or rank, would spread over the whole step."""
+    assert balance_loss((torch.randn(1, 5, 4),), torch.zeros(1, 5), 2) == 0
 
 
 def test_dense_models_have_none(build: Build) -> None:

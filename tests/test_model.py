@@ -437,6 +437,9 @@ def test_features_are_what_the_head_reads(config: ThinkerConfig, build: Build) -
         ({"tokens": ids(2, 3), "attention_mask": torch.ones(2, 4)}, ["(2, 4)", "(2, 3)"]),
         ({"tokens": ids(2, 3), "attention_mask": torch.ones(3)}, ["(3,)", "(2, 3)"]),
         ({"tokens": torch.zeros(1, 3, dtype=torch.long, device="meta")}, ["meta", "cpu"]),
+        ({"tokens": torch.zeros(1, 3, dtype=torch.uint16)}, ["torch.uint16", "torch.int64"]),
+        ({"tokens": torch.ones(1, 3)}, ["torch.float32", "torch.int64"]),
+        ({"embeddings": torch.zeros(1, 3, 32, dtype=torch.float64)}, ["torch.float64", "torch.float32"]),
     ],
 )
 def test_what_cannot_be_run_says_so_with_both_numbers(arguments: dict[str, Tensor], said: list[str]) -> None:
@@ -450,6 +453,24 @@ def test_what_cannot_be_run_says_so_with_both_numbers(arguments: dict[str, Tenso
         message = str(raised.value)
         assert "\n" not in message
         assert [words for words in said if words not in message] == []
+
+
+def test_a_cache_is_made_for_what_can_be_run_and_belongs_to_one_model() -> None:
+    """Catches a cache made before the input is looked at, and an index error in a layer that it hasn't got."""
+    small, deeper = (randomise(ThinkerLM(ThinkerConfig(**SMALL | {"n_layers": layers}))) for layers in (2, 3))
+    with pytest.raises(ValueError, match="2 dimensions, got 0"):
+        small(torch.tensor(3), use_cache=True)
+    _, cache = small(ids(1, 3), use_cache=True)
+    with pytest.raises(ValueError, match="the cache has 2 layers, the model 3"):
+        deeper(ids(1, 1), kv_cache=cache, use_cache=True)
+
+
+def test_angles_are_not_rounded_on_the_way() -> None:
+    """Catches FSDP's mixed precision, which casts what blocks are called with: neighbours then have one angle."""
+    model = ThinkerLM(ThinkerConfig(**SMALL)).bfloat16()
+    cos, sin = (table.bfloat16() for table in model.rope(torch.arange(3)))
+    with pytest.raises(ValueError, match=r"angles are torch\.bfloat16: .*cast_forward_inputs"):
+        model.blocks[0](torch.zeros(1, 3, 32, dtype=torch.bfloat16), (cos, sin))
 
 
 @torch.no_grad()

@@ -159,6 +159,40 @@ def test_they_are_taken_where_they_pay_alone(calls: list[tuple[int, ...]], monke
     assert calls == []
 
 
+def test_frozen_layers_take_them_for_what_is_behind(calls: list[tuple[int, ...]]) -> None:
+    """Bug: a frozen layer's gradient is computed all the same, or its products left to the slower library."""
+    layer, x, upstream = Linear(64, 96), draw(64, 64).requires_grad_(), draw(64, 96)
+    want = step(layer, x, upstream)
+    calls.clear()
+    layer.requires_grad_(False)
+    got = step(layer, x, upstream)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+    assert got[2] is None
+    assert calls == [(64, 64, 96), (64, 96, 64)]
+
+
+def test_widths_that_do_not_fit_are_refused(calls: list[tuple[int, ...]]) -> None:
+    """Bug: with torch's own check left out, a kernel reads beyond the weights, or leaves inputs out."""
+    for inputs in (48, 80, 96):
+        with pytest.raises(RuntimeError, match="shapes"):
+            Linear(64, 96)(draw(128, inputs))
+    assert calls == []
+
+
+def test_memory_is_of_the_matrices_own_type() -> None:
+    """Bug: where torch's usual type is a narrow one, float32 is written into half the room that it needs."""
+    left, right = draw(64, 600), draw(600, 64)
+    want = products.product(left, right)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(products.product(left, right), want)
+        torch.set_default_dtype(torch.bfloat16)
+        assert torch.equal(products.product(left, right), want)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_the_loss_takes_them(calls: list[tuple[int, ...]]) -> None:
     """Bug: the largest products of a small model are left to the slower library."""
     hidden, head = draw(700, 64).requires_grad_(), draw(90, 64).requires_grad_()

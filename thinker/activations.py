@@ -12,11 +12,17 @@ from .fused import gating
 
 Activate = Callable[[Tensor], Tensor]
 
+
+def squared_relu(x: Tensor) -> Tensor:
+    """relu(x)² (arXiv 2109.08668)."""
+    return F.relu(x).square()
+
+
 ACTIVATIONS: dict[Activation, Activate] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),  # arXiv 2109.08668
+    "relu2": squared_relu,
 }
 
 

@@ -103,7 +103,7 @@ def blocked_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention in blocks of queries, each against its own prefix of the keys.
 
     On a processor this trains faster than the fused kernel, whose backward is slow there: the blocks are plain matrix
-    products, about half of the masked square is never computed, and no score matrix is larger than a block's.
+    products, and about half of the masked square is never computed. The other half is kept for the way back.
     """
     B, H, T, width = q.shape
     G = k.shape[1]

@@ -84,6 +84,8 @@ class ThinkerConfig(BaseModel):
                 f"n_heads {self.n_heads} is not divisible by kv_groups {self.n_kv_heads}: "
                 f"choose kv_groups among {[g for g in range(1, self.n_heads + 1) if self.n_heads % g == 0]}"
             )
+        if self.layer_scale == 0:
+            raise ValueError("layer_scale 0 on branches that begin at zero never trains: choose another, say 0.1")
         if self.use_moe and not self.use_swiglu:
             raise ValueError("use_moe needs use_swiglu: the experts are SwiGLU, so set use_swiglu to true")
         if self.use_moe and self.num_experts_per_tok > self.num_experts:

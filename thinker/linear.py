@@ -20,7 +20,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, K) to (…, M)."""
-        trained = torch.is_grad_enabled() and self.weight.requires_grad
+        trained = torch.is_grad_enabled() and (self.weight.requires_grad or x.requires_grad)
         if trained and (weights.serves(x, self.weight) or products.serves(x, self.weight.T)):
             return _Product.apply(x, self.weight)
         return super().forward(x)
@@ -44,12 +44,14 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, Tensor]:  # type: ignore[no-untyped-def]
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[no-untyped-def]
         rows, matrix = ctx.saved_tensors
         x_dtype, weight_dtype = ctx.dtypes
-        y_grad, x_grad = upstream.flatten(0, -2), None
+        y_grad, x_grad, weight_grad = upstream.flatten(0, -2), None, None
         if ctx.needs_input_grad[0]:
             x_grad = products.times(y_grad, matrix).to(x_dtype).unflatten(0, upstream.shape[:-1])
-        by_tiles = rows.dtype == torch.bfloat16
-        weight_grad = weights.gradient(y_grad, rows) if by_tiles else products.times(y_grad.T, rows)
-        return x_grad, weight_grad.to(weight_dtype)
+        if ctx.needs_input_grad[1]:
+            by_tiles = rows.dtype == torch.bfloat16
+            weight_grad = weights.gradient(y_grad, rows) if by_tiles else products.times(y_grad.T, rows)
+            weight_grad = weight_grad.to(weight_dtype)
+        return x_grad, weight_grad

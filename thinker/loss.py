@@ -66,6 +66,8 @@ class NextTokenLoss(nn.Module):
 
 def check_targets(targets: Tensor, hidden: Tensor, vocab_size: int) -> None:
     """Raise `ValueError` for targets that are not one a position, or no ids; values only where reading them is free."""
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets are {targets.dtype}: give torch.int64")
     if targets.shape != hidden.shape[:2]:
         raise ValueError(f"targets are {tuple(targets.shape)}, the input is {tuple(hidden.shape[:2])}: give one each")
     if targets.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -81,7 +83,7 @@ def rows_at_once(head: Tensor) -> int:
 
 def cross_entropy_sum(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """Sum of -log p(target) over hidden (N, D) through the head (V, D), without ever holding all logits."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad):
         return _ChunkedCrossEntropy.apply(hidden, head, targets)
     chunks = zip(hidden.split(rows_at_once(head)), targets.split(rows_at_once(head)), strict=True)
     losses = [
@@ -101,20 +103,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         hidden_grads = []
-        head_grad = torch.zeros_like(head)
+        head_grad = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
         for rows, wanted in zip(hidden.split(rows_at_once(head)), targets.split(rows_at_once(head)), strict=True):
             loss, error = _loss_and_error(project(rows, head), wanted)
             total = total + loss
             hidden_grads.append(times(error, head))
-            head_grad = head_grad + times(error.T, rows)
+            if head_grad is not None:
+                head_grad = head_grad + times(error.T, rows)
         ctx.save_for_backward(torch.cat(hidden_grads).to(hidden.dtype), head_grad)
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
-        hidden_grad, head_grad = ctx.saved_tensors
-        return hidden_grad * upstream.to(hidden_grad.dtype), head_grad * upstream.to(head_grad.dtype), None
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        return *(None if grad is None else grad * upstream.to(grad.dtype) for grad in ctx.saved_tensors), None
 
 
 def _loss_and_error(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,7 +160,7 @@ def balance_loss(router_logits: tuple[Tensor, ...], real_tokens: Tensor | None, 
         real = probabilities.new_ones(len(flat), 1)
         if real_tokens is not None:
             real = real_tokens.reshape(-1, 1).to(probabilities.dtype)
-        tokens = real.sum()
+        tokens = real.sum().clamp(min=1)
         share = (chosen * real).sum(dim=0) / (tokens * chosen_per_token)
         losses.append(experts * (share * (probabilities * real).sum(dim=0) / tokens).sum())
     return torch.stack(losses).mean()

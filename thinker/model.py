@@ -105,6 +105,8 @@ class Attention(nn.Module):
         starts: Tensor | None = None,
     ) -> Tensor:
         """x (B, T, D) to (B, T, D). visible, starts: see `attention.attend`; a mask has causality in it."""
+        if rotation[0].dtype != torch.float32:
+            raise ValueError(f"RoPE's angles are {rotation[0].dtype}: with FSDP say cast_forward_inputs=False")
         q, k, v = self.project(x, None if kv_cache is None else rotation)
         if kv_cache is not None:
             k, v = kv_cache.append(self.layer, k, v)  # (B, G, S, head_dim)
@@ -252,7 +254,7 @@ class ThinkerLM(nn.Module):
             raise ValueError("a kv_cache was given with use_cache=False: pass use_cache=True to go on from it")
         if use_cache and kv_cache is None:
             given = tokens if tokens is not None else embeddings
-            batch = 0 if given is None else len(given)
+            batch = 0 if given is None or given.dim() == 0 else len(given)  # `embed` says what is wrong
             weight = self.head.weight
             kv_cache = KVCache.empty(self.config, batch, device=weight.device, dtype=weight.dtype)
         hidden = self.features(tokens, embeddings=embeddings, attention_mask=attention_mask, kv_cache=kv_cache)
@@ -281,10 +283,12 @@ class ThinkerLM(nn.Module):
                 raise ValueError(
                     f"embeddings are {embeddings.shape[-1]} wide, the model's d_model is {self.config.d_model}"
                 )
+            if embeddings.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
+                raise ValueError(f"embeddings are {embeddings.dtype}, the model {weight.dtype}: convert one of them")
             return embeddings
         assert tokens is not None
-        if tokens.is_floating_point():
-            raise ValueError(f"token ids are {tokens.dtype}: give integers, or pass them as embeddings")
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"token ids are {tokens.dtype}: give torch.int64 or int32")
         # Reading values back would stall an accelerator and break a compiled graph; there the caller has checked.
         if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = int(tokens.min()), int(tokens.max())
@@ -302,6 +306,8 @@ class ThinkerLM(nn.Module):
         if kv_cache is not None:
             if len(kv_cache.lengths) != B:
                 raise ValueError(f"the batch has {B} rows, its cache {len(kv_cache.lengths)}")
+            if len(kv_cache.keys) != self.config.n_layers:
+                raise ValueError(f"the cache has {len(kv_cache.keys)} layers, the model {self.config.n_layers}")
             kv_cache.check_room(T)
             past, ragged = max(kv_cache.lengths), kv_cache.ragged
         else:
@@ -336,6 +342,8 @@ class ThinkerLM(nn.Module):
         """
         if segments.shape != (B, T):
             raise ValueError(f"segments are {tuple(segments.shape)}, the tokens are {(B, T)}: give one each")
+        if segments.device != self.tok_emb.weight.device:
+            raise ValueError(f"segments are on {segments.device}, the model on {self.tok_emb.weight.device}: move them")
         if self.config.ctx_len < T:
             raise ValueError(f"{T} positions exceed ctx_len {self.config.ctx_len}: pack shorter rows")
         columns = torch.arange(T, device=segments.device)

@@ -97,6 +97,7 @@ def arrange(chosen: Tensor, experts: int, spacing: int) -> tuple[Tensor, Tensor,
     gaps = (wide - counts).cumsum(dim=0) - (wide - counts)  # before each expert
     sorted_places = torch.arange(len(flat), device=flat.device) + gaps[flat[order]]
     places = torch.empty_like(order).scatter_(0, order, sorted_places)
+    # What lies behind the last expert's rows belongs to none, and whatever the products leave there is never read.
     room = len(flat) + experts * (spacing - 1)
     return places, order.new_full((room,), len(flat)).scatter_(0, sorted_places, order), wide
 

@@ -39,6 +39,7 @@ def _empty(logits: Tensor, _targets: Tensor, _ignored: int) -> tuple[Tensor, Ten
 def _take_softmax(logits: Tensor, targets: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
     """Of each row the sum of e^(logit - largest), and by how much the target's logit is less than the largest."""
     assert logits.is_contiguous()
+    assert targets.dtype == torch.int64
     results = _empty(logits, targets, ignored)
     whole = logits, targets.contiguous(), *results
     addresses = {name: x.data_ptr() for name, x in zip(_ADDRESSES, whole, strict=True)}

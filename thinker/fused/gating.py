@@ -20,7 +20,12 @@ TASK = np.dtype([(name, np.int64) for name in (*kernels.SHARED, "vectors", *_ADD
 
 def serves(gate: Tensor) -> bool:
     """Whether this gate (…, F) is one of a training that can be done here."""
-    return gate.requires_grad and gate.shape[-1] % LANES == 0 and kernels.serve(gate)
+    return gate.requires_grad and fits(gate.shape[-1]) and kernels.serve(gate)
+
+
+def fits(width: int) -> bool:
+    """Whether gates of this width can be taken here."""
+    return width % LANES == 0
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def numbers() -> torch.dtype:
 def hindrance(dtype: torch.dtype) -> str | None:
     """Why there are no kernels for such numbers, or none if there are. The first time they are compiled."""
     if not multiplies(dtype):
-        return f"this processor has no products of {str(dtype).removeprefix('torch.')}, or its system isn't Linux"
+        return "they are for x86-64 processors under Linux that have AVX2 and FMA, or AVX512's products of bfloat16"
     # The system keeps a thread's tiles only for processes that have asked.
     if dtype == torch.bfloat16 and TILES and ctypes.CDLL(None).syscall(ARCH_PRCTL, ASK_FOR_STATE, TILE_DATA) != 0:
         return "the system keeps no tiles for this process"
@@ -112,8 +112,9 @@ def perform(
 
     Each has so many bytes of scratch memory.
     """
-    wanting = [dtype for dtype, wanted in KERNELS.items() if kernel in wanted]
-    assert not wanting or any(map(is_available, wanting)), "the system must have been asked for tiles"
+    assert not (wanting := [dtype for dtype, wanted in KERNELS.items() if kernel in wanted]) or any(
+        map(is_available, wanting)
+    ), "the system must have been asked for tiles"
     parts = min(torch.get_num_threads(), most or sys.maxsize)
     step = -(-scratch // LINE) * LINE
     memory = torch.empty(parts * step + LINE, dtype=torch.uint8)

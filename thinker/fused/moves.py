@@ -1,6 +1,7 @@
-"""Rows of bfloat16 brought into the orders that products want: on the right pairs of rows interleaved, or columns.
+"""Rows brought into the orders that products want: of bfloat16 on the right pairs of rows interleaved, or columns.
 
-All turning is one transposition of 32-bit words, of float32 or of pairs of bfloat16. Sizes are multiples of 32.
+All turning is one transposition of 32-bit words, of float32 or of pairs of bfloat16. Sizes are multiples of 16, those
+of bfloat16 of 32.
 """
 
 # W columns

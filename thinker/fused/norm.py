@@ -35,10 +35,16 @@ def serves(x: Tensor, scale: Tensor) -> bool:
         x.requires_grad
         and not torch.compiler.is_compiling()
         and x.dim() <= 4
-        and x.shape[-1] % LANES == 0
+        and x.shape[-1] == len(scale)
+        and fits(x.shape[-1])
         and scale.dtype == torch.float32
         and kernels.serve(x, wide=True)
     )
+
+
+def fits(width: int) -> bool:
+    """Whether rows of this width can be normed here."""
+    return width % LANES == 0
 
 
 def normed(x: Tensor, scale: Tensor, eps: float) -> Tensor:

@@ -41,6 +41,7 @@ def serves(left: Tensor, right: Tensor) -> bool:
         and left.device.type == "cpu"
         and left.dtype == right.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
+        and left.shape[-1] == inputs
         and min(inputs, columns) >= LEAST
         and left.numel() >= LEAST * inputs
         and left.numel() * columns >= WORK
@@ -62,7 +63,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     left, right = _in_lines(left), _in_lines(right)
     (rows, inputs), columns = left.shape, right.shape[1]
     width, length = min(WIDTH, -(-columns // PANEL) * PANEL), min(LENGTH, inputs)
-    panels = torch.empty(width * length)
+    panels = left.new_empty(width * length)
     # At least two pieces for each thread, so that one that is held up can be left with less.
     pieces = max(-(-rows // ROWS), 2 * torch.get_num_threads())
     sizes = rows, inputs, columns, -(-rows // pieces // HEIGHT) * HEIGHT, width, length

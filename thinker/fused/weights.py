@@ -34,6 +34,7 @@ def serves(x: Tensor, weight: Tensor) -> bool:
         and dtype == torch.bfloat16
         and x.device.type == "cpu"
         and tokens > 0
+        and x.shape[-1] == weight.shape[-1]
         and (weight.dim() > 2 or tokens % STEP == 0)
         and all(size % STEP == 0 for size in weight.shape[-2:])
         and TILES

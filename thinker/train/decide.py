@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from ..compiled.processor import NEGLECTED
-from ..fused import attention, kernels
+from ..config import ThinkerConfig
+from ..fused import attention, gating, kernels, norm
 from ..loss import LossParts, NextTokenLoss
 from .config import TrainConfig
 from .senses import SplicedLoss
@@ -136,22 +137,22 @@ def decide(
         if compiled and hindrance is not None:
             raise ValueError(f"compile is 'on', but {hindrance}: use --compile off")
     if has_own:
-        reasons.append(own_kernels(module.model.config.head_width, compiled))
+        reasons.append(own_kernels(module.model.config, compiled))
     return Decisions(device, precision, compiled, threads, seconds, tuple(reasons), versions())
 
 
-def own_kernels(head_width: int, compiled: bool) -> str:
+def own_kernels(config: ThinkerConfig, compiled: bool) -> str:
     """What is done by kernels of `fused/` on a processor for which there are some."""
     hindrance = kernels.hindrance(kernels.numbers())
     if hindrance is not None:
         return f"kernels: torch's alone, for want of Thinker's own ({hindrance})"
     form = "" if kernels.form() == "none" else f" (products by {kernels.form()})"
     parts = {
-        f"attention{form}": attention.fits(head_width),
-        "norms": not compiled,
+        f"attention{form}": attention.fits(config.head_width),
+        "norms": not compiled and norm.fits(config.d_model),
         "products": NEGLECTED,
         "weights' gradients": kernels.form() == "tiles",
-        "activations": True,
+        "activations": config.use_swiglu and config.activation_name == "silu" and gating.fits(config.d_ff),
     }
     return f"kernels: Thinker's own for {', '.join(name for name, there in parts.items() if there)} and the loss"
 
