@@ -1,4 +1,7 @@
-"""What turns come to: medians, ratios with their spread, the lines of the table, results.json and RESULTS.md."""
+"""What turns come to: medians, ratios with their spread, the lines of the table, and what is written of them.
+
+A kind of machine has a folder with its results.json and RESULTS.md; a table over all of them stands above.
+"""
 
 from __future__ import annotations
 
@@ -127,24 +130,56 @@ def as_json(match: Match, meeting: Meeting, machine: Mapping[str, Any]) -> dict[
 
 def save(folder: Path, new: Mapping[str, Any]) -> None:
     """Put matches into results.json, in place of older ones of the same name, and write RESULTS.md from all."""
-    path = folder / "results.json"
-    matches = (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}) | dict(new)
-    path.write_text(json.dumps(matches, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    matches = read(folder) | dict(new)
+    (folder / "results.json").write_text(json.dumps(matches, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "RESULTS.md").write_text(as_markdown(matches), encoding="utf-8")
 
 
-def as_markdown(matches: Mapping[str, Any]) -> str:
-    """RESULTS.md: the table of targets, then each match."""
-    machines = {describe(match["machine"]) for match in matches.values()}
+def read(folder: Path) -> dict[str, Any]:
+    """The matches of a folder, by their names; of one without results.json none."""
+    path = folder / "results.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
+def save_overview(folders: Path) -> None:
+    """Write RESULTS.md beside the folders of all machines: each line of the table as it stands on each of them."""
+    machines = {path.name: matches for path in sorted(folders.iterdir()) if (matches := read(path))}
+    by_line: dict[str, dict[str, Any]] = {}
+    for name, matches in machines.items():
+        for line in (line for match in matches.values() for line in match["lines"]):
+            by_line.setdefault(line["line"], {})[name] = line
     text = [
         "# Results",
         "",
-        "Written by `make -C benchmarks`; a line again by `make -C benchmarks ONLY=name`; with `OUT=benchmarks/FOLDER`",
-        "where the results have a folder of their own. Both sides of a comparison take turns in one run, each in its",
-        "own process; figures are medians, in brackets the quartiles of the rounds. Dropout is 0 everywhere. The lines",
-        "about learning are not measured here.",
+        "Written by `make -C benchmarks`, which measures the machine it runs on and leaves the others as they are. A",
+        "column is a kind of processor, by LLVM's name for it (znver is AMD's Zen); its folder has all figures, with",
+        "spreads, versions and dates. **Bold** is as good as was dreamt of; what falls short of the least that is",
+        "wanted says so. Those of training are aims for processors with bfloat16, which Zen 1 and 3 haven't. The lines",
+        "about learning are in [learning](learning/RESULTS.md).",
         "",
-        *sorted(machines),
+        *_table(
+            ["", "at least", "dream", *(f"[{name}]({folders.name}/{name}/RESULTS.md)" for name in machines)],
+            [
+                [line, *_goals(_of(next(iter(there.values())))), *(_reached(there.get(name)) for name in machines)]
+                for line, there in by_line.items()
+            ],
+        ),
+        "",
+        *(f"- {name}: {_when(matches)}" for name, matches in machines.items()),
+    ]
+    (folders.parent / "RESULTS.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+
+
+def as_markdown(matches: Mapping[str, Any]) -> str:
+    """RESULTS.md of one machine: the table of targets, then each match."""
+    text = [
+        "# Results",
+        "",
+        "Written by `make -C benchmarks`; a line again by `make -C benchmarks ONLY=name`. Both sides of a comparison",
+        "take turns in one run, each in its own process; figures are medians, in brackets the quartiles of the rounds.",
+        "Dropout is 0 everywhere.",
+        "",
+        *_machines(matches),
         "",
         *_table(
             ["", "measured", "at least", "dream", "met", "by", "name"],
@@ -166,6 +201,20 @@ def as_markdown(matches: Mapping[str, Any]) -> str:
     return "\n".join(text) + "\n"
 
 
+def _when(matches: Mapping[str, Any]) -> str:
+    names = {f"{one['processor']} ({one['instructions']}), {one['cores']} cores" for one in _each(matches, "machine")}
+    dates = sorted(_each(matches, "date"))
+    return f"{'; '.join(sorted(names))}, {dates[0]} to {dates[-1]}"
+
+
+def _each(matches: Mapping[str, Any], key: str) -> list[Any]:
+    return [match[key] for match in matches.values()]
+
+
+def _machines(matches: Mapping[str, Any]) -> list[str]:
+    return sorted(set(map(describe, _each(matches, "machine"))))
+
+
 def describe(machine: Mapping[str, Any]) -> str:
     """A machine in a line."""
     name = f"{machine['processor']} ({machine['instructions']})"
@@ -176,10 +225,26 @@ def _busy(share: float | None) -> str:
     return "" if share is None else f"; other work had {share:.0%} of the machine meanwhile"
 
 
-def _target(line: Mapping[str, Any], match: str) -> list[str]:
-    target = Target(line["line"], line["at_least"], line["dream"], line["unit"], line["at_most"])
+def _of(line: Mapping[str, Any]) -> Target:
+    return Target(line["line"], line["at_least"], line["dream"], line["unit"], line["at_most"])
+
+
+def _goals(target: Target) -> list[str]:
     bound = "≤ " if target.at_most else ""
-    goals = ["" if goal is None else f"{bound}{goal:g} {target.unit}" for goal in target.goals]
+    return ["" if goal is None else f"{bound}{goal:g} {target.unit}" for goal in target.goals]
+
+
+def _reached(line: Mapping[str, Any] | None) -> str:
+    if line is None or line["measured"] is None:
+        return "–"
+    target, value = _of(line), line["measured"]["value"]
+    said = f"{value:.3g} {target.unit}"
+    return {"no": f"{said} (short)", "yes": said, "dream": f"**{said}**"}[target.met(value)]
+
+
+def _target(line: Mapping[str, Any], match: str) -> list[str]:
+    target = _of(line)
+    goals = _goals(target)
     if line["measured"] is None:
         return [target.line, "–", *goals, "not measured", "", f"`{match}`"]
     measured = Figure(**line["measured"])

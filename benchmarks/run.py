@@ -1,4 +1,4 @@
-"""Runs matches and writes what came out: RESULTS.md, results.json and growth.png.
+"""Runs matches and writes what came out: this machine's RESULTS.md, results.json and growth.png, and the table of all.
 
 python -m benchmarks.run [names …] [--rounds N] [--quick] [--list] [--out FOLDER]
 """
@@ -16,8 +16,10 @@ from pathlib import Path
 from thinker.bench.limits import cores, processor
 from thinker.train.decide import versions
 
-from .results import Match, as_json, as_markdown, save
+from .results import Match, as_json, as_markdown, save, save_overview
 from .turns import ROOT, take_turns
+
+MACHINES = ROOT / "benchmarks" / "machines"
 
 
 def say(line: str) -> None:
@@ -79,11 +81,16 @@ def main(
         if folder is not None:  # after each match: nothing is lost when a later one fails
             save(folder, {match.name: done[match.name]})
             draw(folder)
+            if folder.resolve().parent == MACHINES:
+                save_overview(MACHINES)
     if folder is None:
         print(as_markdown(done))
 
 
 if __name__ == "__main__":
+    from llvmlite import binding
+
     from . import decode, growth, train_step
 
-    main((*train_step.MATCHES, *decode.MATCHES, *growth.MATCHES), ROOT / "benchmarks", growth.draw)
+    kind = binding.get_host_cpu_name()
+    main((*train_step.MATCHES, *decode.MATCHES, *growth.MATCHES), MACHINES / kind, growth.draw)

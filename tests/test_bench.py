@@ -437,6 +437,24 @@ def test_results_are_written_and_merged(tmp_path: Path) -> None:
     ]
 
 
+def test_all_machines_stand_side_by_side(tmp_path: Path) -> None:
+    """Catches a machine whose line lands in another's column, and one that falls short in silence."""
+    met = Meeting({"ours": result(1000, 2000, 3000)}, {}, 0.02)
+    for machine, values in (("a", {"one": 3.5, "two": 2.5}), ("b", {"two": 1.5})):
+        (tmp_path / "machines" / machine).mkdir(parents=True)
+        done = {name: match(name, Figure(value, value, value, "ours / peer")) for name, value in values.items()}
+        results.save(
+            tmp_path / "machines" / machine, {name: results.as_json(one, met, MACHINE) for name, one in done.items()}
+        )
+    (tmp_path / "machines" / "nothing yet").mkdir()
+    results.save_overview(tmp_path / "machines")
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "|  | at least | dream | [a](machines/a/RESULTS.md) | [b](machines/b/RESULTS.md) |" in text
+    assert "| speed of one | 2 × | 3 × | **3.5 ×** | – |" in text
+    assert "| speed of two | 2 × | 3 × | 2.5 × | 1.5 × (short) |" in text
+    assert "- b: Some CPU (AVX2), 2 cores" in text
+
+
 def test_growth_is_drawn(tmp_path: Path) -> None:
     """Catches a picture that fails when some points are missing, as after a run of a few matches."""
     growth_of_batch = {name: result(100 * (i + 1)) for i, name in enumerate(("1", "2", growth.PRODUCTS))}
