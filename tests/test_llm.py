@@ -401,3 +401,16 @@ def test_native_speaking_imports_no_torch(folder):
         "assert not [name for name in sys.modules if name.startswith('thinker.modality')]\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_reading_flags_asks_for_no_help(folder):
+    """Catches a type of flag that tyro looks up with typeguard: a tenth of a short answer's time."""
+    script = (
+        "import sys\n"
+        "from thinker.commands import chat, generate, parse\n"
+        "for command in (chat, generate):\n"
+        f"    options = parse(command.Options, 'x', [{str(folder)!r}, '--attach', 'a.png', '--attach', 'None'])\n"
+        "    assert options.attach == ['a.png', 'None'], options.attach\n"
+        "assert 'typeguard' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

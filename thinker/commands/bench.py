@@ -15,7 +15,7 @@ from ..bench.speed import random_model
 from ..checkpoint.files import to_json
 from ..config import ThinkerConfig
 from ..formats import open_model
-from .generate import Flag
+from .flags import Flag
 
 
 class Options(BaseModel):

@@ -17,6 +17,7 @@ from ..bench.limits import peak_memory
 from ..llm import Backend, DType, load
 from ..llm import Options as Writing
 from .conversation import Conversation
+from .flags import Maybe, Texts
 from .generate import notice
 from .lines import Entry, read_entry, typed_lines
 
@@ -40,8 +41,8 @@ class Options(BaseModel):
         description="a Thinker directory, a Hugging Face folder, or a .gguf file"
     )
     system: str = Field("", description="what the model is told before the conversation")
-    attach: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = Field(
-        (), description="a picture or a sound that goes with the first message"
+    attach: Annotated[Texts, tyro.conf.UseAppendAction] = Field(
+        [], description="a picture or a sound that goes with the first message"
     )
     max_new_tokens: int = Field(512, description="longest reply")
     temperature: float = Field(0.7, description="0 always takes the likeliest token; 1 draws as the model predicts")
@@ -50,9 +51,9 @@ class Options(BaseModel):
     min_p: float = Field(0.0, description="leave out tokens less likely than this share of the likeliest; 0 is off")
     repetition_penalty: float = Field(1.0, description="above 1 makes tokens that were there less likely; 1 is off")
     seed: int = Field(0, description="of the draws: the same seed and conversation give the same reply")
-    ctx_len: int | None = Field(None, description="longest conversation in tokens; unset means the model's own")
+    ctx_len: Maybe[int] = Field(None, description="longest conversation in tokens; unset means the model's own")
     backend: Backend = Field("auto", description="native kernels, or torch; auto: native where it works")
-    dtype: DType | None = Field(None, description="unset means int8 for a quantised file, else float32")
+    dtype: Maybe[DType] = Field(None, description="unset means int8 for a quantised file, else float32")
 
 
 def run(options: Options) -> int:
@@ -71,7 +72,7 @@ def run(options: Options) -> int:
     conversation = Conversation(llm, writing, notice, options.system)
     llm.stream_chat([{"role": "user", "content": ""}], **writing)
     for file in options.attach:
-        conversation.attach(file)
+        conversation.attach(Path(file))
     interactive = sys.stdin.isatty()
     if interactive:
         print(HINT, file=sys.stderr)

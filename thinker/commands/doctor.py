@@ -13,7 +13,8 @@ from rich.table import Table
 
 from ..certificate import Check, certify, describe, load_short
 from ..checkpoint.files import to_json
-from .generate import Flag, notice
+from .flags import Flag
+from .generate import notice
 
 
 class Options(BaseModel):

@@ -26,7 +26,8 @@ from ..data.chats import Skipped, counted, listed, open_chats
 from ..messages import parts_of
 from ..modality.media import Medium, check_features, medium_of
 from ..modality.settings import Kind, NotInstalled
-from .generate import Flag, notice
+from .flags import Flag
+from .generate import notice
 
 Encode = Callable[[Medium], np.ndarray]
 

@@ -15,7 +15,8 @@ from ..data.progress import byte_bar
 from ..data.sources import open_evaluation
 from ..evaluate import Evaluation
 from ..llm import LLM, Backend, DType, load
-from .generate import Flag, notice
+from .flags import Flag
+from .generate import notice
 
 QUESTIONS_SHOWN = 6
 

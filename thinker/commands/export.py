@@ -15,7 +15,8 @@ from rich.console import Console
 from ..certificate import find_truth, load_short, some_tokens, verify_gguf
 from ..formats.gguf_export import ExportType, export_gguf
 from .doctor import show
-from .generate import Flag, notice
+from .flags import Flag
+from .generate import notice
 
 
 class Options(BaseModel):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated
 
 import tyro
@@ -12,8 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..checkpoint.files import to_json
 from ..generate import Generation
 from ..llm import LLM, Backend, DType, load
-
-Flag = tyro.conf.FlagCreatePairsOff
+from .flags import Flag, Maybe, Texts
 
 
 class Options(BaseModel):
@@ -24,12 +23,12 @@ class Options(BaseModel):
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = Field(
         description="a Thinker directory, a Hugging Face folder, or a .gguf file"
     )
-    # A tuple, since an optional text would read the prompt None as none at all.
-    prompt: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[PROMPT]")] = Field(
-        (), description="the text to continue; put -- in front of one that begins with a dash"
+    # Several, since an optional one would read the prompt None as none at all.
+    prompt: Annotated[Texts, tyro.conf.Positional, tyro.conf.arg(metavar="[PROMPT]")] = Field(
+        [], description="the text to continue; put -- in front of one that begins with a dash"
     )
-    attach: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = Field(
-        (), description="a picture or a sound, in order of appearance; then the prompt is asked as a message"
+    attach: Annotated[Texts, tyro.conf.UseAppendAction] = Field(
+        [], description="a picture or a sound, in order of appearance; then the prompt is asked as a message"
     )
     max_new_tokens: int = Field(64, description="length of the continuation")
     temperature: float = Field(0.0, description="0 always takes the likeliest token; 1 draws as the model predicts")
@@ -38,12 +37,12 @@ class Options(BaseModel):
     min_p: float = Field(0.0, description="leave out tokens less likely than this share of the likeliest; 0 is off")
     repetition_penalty: float = Field(1.0, description="above 1 makes tokens that were there less likely; 1 is off")
     seed: int = Field(0, description="of the draws: the same seed writes the same text")
-    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = Field((), description="end before this text")
+    stop: Annotated[Texts, tyro.conf.UseAppendAction] = Field([], description="end before this text")
     ignore_eos: Annotated[bool, Flag] = Field(False, description="go on after the end of the document")
     echo: Annotated[bool, Flag] = Field(False, description="put the prompt in front")
-    ctx_len: int | None = Field(None, description="longest text in tokens; unset means the model's own")
+    ctx_len: Maybe[int] = Field(None, description="longest text in tokens; unset means the model's own")
     backend: Backend = Field("auto", description="native kernels, or torch; auto: native where it works")
-    dtype: DType | None = Field(None, description="unset means int8 for a quantised file, else float32")
+    dtype: Maybe[DType] = Field(None, description="unset means int8 for a quantised file, else float32")
     as_json: Annotated[bool, Flag, tyro.conf.arg(name="json")] = Field(False, description="report as JSON")
 
 
@@ -76,7 +75,7 @@ def run(options: Options) -> int:
     return 0
 
 
-def read_prompt(given: tuple[str, ...]) -> str:
+def read_prompt(given: Sequence[str]) -> str:
     """The prompt from the command line, else from a pipe. Raises `ValueError` for several, and for what is no UTF-8."""
     if len(given) > 1:
         raise ValueError(f"{len(given)} prompts, the second is {given[1]!r}: put quotes around the whole prompt")

@@ -16,7 +16,7 @@ from rich.markup import escape
 from ..checkpoint.files import to_json
 from ..config import ThinkerConfig
 from ..train.config import TrainConfig, read_settings
-from .generate import Flag
+from .flags import Flag
 
 SAVED_AND_ENDED = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
