@@ -90,7 +90,9 @@ def main(
 if __name__ == "__main__":
     from llvmlite import binding
 
+    from thinker.compiled.processor import TILES
+
     from . import decode, growth, train_step
 
-    kind = binding.get_host_cpu_name()
+    kind = "amx" if TILES else binding.get_host_cpu_name()
     main((*train_step.MATCHES, *decode.MATCHES, *growth.MATCHES), MACHINES / kind, growth.draw)

@@ -10,9 +10,11 @@ gradients at the same depth. The steps are the training loop's own.
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -142,8 +144,8 @@ def main(layers: int = 128, steps: int = 150, out: Path = Path("deep"), data: st
         for name, post_norm in (("pre-norm: x + f(norm(x))", False), ("post-norm: norm(x + f(x))", True))
     }
     draw(out, curves, comparison)
-    tenth = max(1, steps // 10)
-    means = [sum(curves.losses[at : at + tenth]) / tenth for at in range(0, steps - tenth + 1, tenth)]
+    tenths = np.array_split(curves.losses, min(10, steps))
+    means = [float(tenth.mean()) for tenth in tenths]
     print(f"{layers} layers, {run.config.parameter_count():,} parameters; the loss by tenths of the run:")
     print("  " + "  ".join(f"{mean:.3f}" for mean in means))
     for name, norms in comparison.items():
@@ -157,4 +159,8 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--out", type=Path, default=Path("deep"))
     parser.add_argument("--data", default="stdlib")
-    main(**vars(parser.parse_args()))
+    try:
+        main(**vars(parser.parse_args()))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

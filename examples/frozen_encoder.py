@@ -51,5 +51,10 @@ def features(path: str) -> np.ndarray:
 if __name__ == "__main__":
     import sys
 
-    for name in sys.argv[1:]:
-        print(name, features(name).shape)
+    if not sys.argv[1:]:
+        sys.exit("usage: python examples/frozen_encoder.py PICTURE …")
+    try:
+        for name in sys.argv[1:]:
+            print(name, features(name).shape)
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))

@@ -37,4 +37,8 @@ def main(out: Path = Path("runs/senses"), steps: int = 750) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main))
+    try:
+        sys.exit(tyro.cli(main))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -11,6 +11,7 @@ import numpy as np
 
 import thinker
 from thinker.bench import costs
+from thinker.bench.limits import cores
 from thinker.bench.speed import practice, some_tokens, trainer
 from thinker.bench.speed import prefill as prefill_seconds
 from thinker.commands import spin_briefly
@@ -89,7 +90,8 @@ def prefill(model: str, dtype: NativeType, length: int = 500) -> Ready:
 
 def next_token(model: str, dtype: NativeType, context: int, cached: bool) -> Ready:
     """One more token behind `context` others: from the cache, or computing them all again."""
-    decoder, about = _open(model, dtype, 1)
+    # Of the cache alone: both with all threads, whatever either would choose.
+    decoder, about = _open(model, dtype, 1, threads=cores())
     tokens = some_tokens(decoder.config, context)
     decoder.prefill(0, tokens)
     draws = Draws(1, decoder.config.vocab_size)
@@ -107,7 +109,12 @@ def next_token(model: str, dtype: NativeType, context: int, cached: bool) -> Rea
 
 
 def _open(
-    model: str, dtype: NativeType, slots: int, backend: str = "native", drafts: bool = True
+    model: str,
+    dtype: NativeType,
+    slots: int,
+    backend: str = "native",
+    drafts: bool = True,
+    threads: int | None = None,
 ) -> tuple[Decoder, dict[str, Any]]:
     files = open_model(model)
     cached = "float16" if dtype == "int8" else "float32"
@@ -117,7 +124,7 @@ def _open(
 
         llm = LLM(files, "torch", dtype, slots, print)
         return llm.decoder, about | {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    decoder = open_native(files, slots, dtype, drafts=drafts)
+    decoder = open_native(files, slots, dtype, threads, drafts)
     size = costs.cache_bytes(files.config, dtype) * files.config.ctx_len
     mine = {"threads": decoder.threads, "bytes of keys and values": size}
     return decoder, about | {"numba": numba.__version__} | mine

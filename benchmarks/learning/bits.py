@@ -87,9 +87,9 @@ TUNED: dict[str, dict[str, Any]] = {
     f"{UNCOUNTED}, lr 0.02": RANDOM | {"lr": 2e-2},
     WITHOUT: RANDOM | {"inherit": 0.0},
     EARLIER: BEFORE,
-    f"{UNCOUNTED}, no decay": BEFORE | {"weight_decay": 0.0},
-    f"{UNCOUNTED}, 8 rows": BEFORE | {"batch_size": 8},
-    f"{UNCOUNTED}, lr 0.01": BEFORE | {"lr": 1e-2},
+    f"{EARLIER}, no decay": BEFORE | {"weight_decay": 0.0},
+    f"{EARLIER}, 8 rows": BEFORE | {"batch_size": 8},
+    f"{WITHOUT}, lr 0.01": BEFORE | {"lr": 1e-2},
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 import numpy as np
@@ -56,6 +56,8 @@ class Report:
 def measure(files: ModelFiles, patience: Patience, say: Say) -> Report:
     """Measure everything about one model on the processor; `say` hears what is being done."""
     notes: list[str] = []
+    # More is never asked for, and 32 caches of a long context fill any memory.
+    files = replace(files, config=files.config.changed(ctx_len=min(TRAINED_LENGTH, files.config.ctx_len)))
     # Native decoding comes first, in a process without torch, as in `thinker generate`; so its memory is its own.
     speeds = list(_native(files, patience, say, notes))
     peak = {"decoding natively": limits.peak_memory()}
@@ -97,6 +99,8 @@ def _native(files: ModelFiles, patience: Patience, say: Say, notes: list[str]) -
             notes.append(f"not measured natively: {error}")
             return
         notes.append(f"native {dtype} runs with {decoder.threads} thread{'s' if decoder.threads > 1 else ''} here")
+        if dtype == "int8":
+            notes.append("native int8 multiplies whole numbers, and may pass what float32's products would allow")
         yield from speaking(decoder, f"native {dtype}", dtype, patience.speaking)
         if decoder.has_drafts:
             notes.append(f"native {dtype} drafts what 1 stream writes, and may pass what is best for a token at a time")

@@ -9,7 +9,6 @@ import dataclasses
 import importlib.util
 import json
 import math
-import os
 import tempfile
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -75,7 +74,7 @@ def ask_transformers(
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             write_view(folder, 0, files.config, float_tensors(files), Publication(), None)
         stack.enter_context(quiet_transformers())
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
         model.generation_config = GenerationConfig()  # greedy, and no end of text ends it
         ids = torch.from_numpy(tokens)[None]
         with torch.inference_mode():
@@ -183,11 +182,10 @@ def float_tensors(files: ModelFiles) -> LazyTensors:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars and advice from transformers, and no look at its hub, inside the block."""
+    """No progress bars and advice from transformers inside the block."""
     from transformers.utils import logging
 
-    before, offline = logging.get_verbosity(), os.environ.get("HF_HUB_OFFLINE")
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    before = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
@@ -195,5 +193,3 @@ def quiet_transformers() -> Iterator[None]:
     finally:
         logging.set_verbosity(before)
         logging.enable_progress_bar()
-        if offline is None:
-            del os.environ["HF_HUB_OFFLINE"]
