@@ -11,6 +11,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from test_loop import ARCHITECTURE, Silent, assert_same, quiet, settings, train, weights
 
+from thinker.checkpoint import training
 from thinker.train.decide import repeatable
 from thinker.train.loop import fit
 from thinker.train.start import begin, resume
@@ -47,6 +48,37 @@ def test_two_processes_never_train_in_one_folder(text, tmp_path):
     )
     assert "another process trains there: name another folder with --out" in same.stderr
     assert other.returncode == 0
+
+
+def test_a_run_that_ended_while_another_began_is_not_replaced(text, tmp_path, monkeypatch):
+    """Bug: the folder was free when it was looked at; a run came, finished and left, and is trained over."""
+    other, _ = train(text, tmp_path / "other", steps=1)
+    claim = training.claim
+
+    def late(folder):
+        shutil.copytree(other.folder, folder)
+        claim(folder)
+
+    monkeypatch.setattr(training, "claim", late)
+    with repeatable(None), pytest.raises(ValueError, match="already holds a run"):
+        begin(ARCHITECTURE, settings(text, tmp_path / "run"), set(), quiet)
+
+
+def test_a_run_goes_on_from_what_was_saved_before_it_was_claimed(text, tmp_path, monkeypatch):
+    """Bug: a state is read, the process that trained there saves once more and leaves, and its steps are lost."""
+    train(text, tmp_path / "run", steps=2)
+    shutil.copytree(tmp_path / "run", tmp_path / "longer")
+    with repeatable(None):
+        fit(resume(ARCHITECTURE, settings(text, tmp_path / "longer", steps=4), {"out", "steps"}, quiet), Silent())
+    claim = training.claim
+
+    def late(folder):
+        shutil.copytree(tmp_path / "longer", folder, dirs_exist_ok=True)
+        claim(folder)
+
+    monkeypatch.setattr(training, "claim", late)
+    with repeatable(None):
+        assert resume(ARCHITECTURE, settings(text, tmp_path / "run"), {"out"}, quiet).step == 4
 
 
 def test_a_run_goes_on_with_its_threads_and_with_its_text_elsewhere(text, tmp_path):

@@ -51,10 +51,7 @@ def begin(config: ThinkerConfig, settings: TrainConfig, given: set[str], say: Sa
     """
     folder = settings.folder
     fixed = given | config.model_fields_set
-    if training.begun(folder):
-        raise ValueError(f"{folder} already holds a run: go on with --resume, or name another folder with --out")
-    if holds_weights(folder):
-        raise ValueError(f"{folder} already holds a model, which a run would replace: name another folder with --out")
+    refuse_taken(folder)
     found = ingredients(config, settings, given, say)
     corpus, choices = found.corpus, choose_first(found.config, settings, fixed)
     settings, config = with_choices(settings, found.config, choices)
@@ -85,7 +82,16 @@ def begin(config: ThinkerConfig, settings: TrainConfig, given: set[str], say: Sa
         begin_from_neighbours(model, corpus.train, settings.cooccurrence)
     run = assemble(folder, config, settings, decisions, corpus, model, batches, found.publication, senses)
     training.claim(folder)
+    refuse_taken(folder)  # another run may have begun and ended there meanwhile
     return run
+
+
+def refuse_taken(folder: Path) -> None:
+    """Raise `ValueError` if a folder holds what a new run would replace."""
+    if training.begun(folder):
+        raise ValueError(f"{folder} already holds a run: go on with --resume, or name another folder with --out")
+    if holds_weights(folder):
+        raise ValueError(f"{folder} already holds a model, which a run would replace: name another folder with --out")
 
 
 def with_recipe(
@@ -138,6 +144,8 @@ def resume(wanted: ThinkerConfig, settings: TrainConfig, given: set[str], say: S
     Raises `ValueError` when there is none, when a setting is given that would steer its steps, or its text has changed.
     """
     folder = settings.folder
+    if training.begun(folder):
+        training.claim(folder)  # before looking: the process that trains there now may be about to save
     newest = training.latest(folder)
     if newest is None:
         raise ValueError(f"{folder} holds no state to go on from: leave out --resume to start there")
@@ -179,7 +187,6 @@ def resume(wanted: ThinkerConfig, settings: TrainConfig, given: set[str], say: S
         copy_tensors(senses, saved.modality, str(newest))
         senses.to(decisions.device)
     run = assemble(folder, config, settings, decisions, corpus, model, batches, publication, senses)
-    training.claim(folder)
     tensors = {name: torch.from_numpy(np.array(array)) for name, array in saved.optimizer.items()}
     restore_optimizers(run.trained, run.optimizers, tensors)
     run.scaler.load_state_dict(state["scaler"])
