@@ -323,17 +323,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_leftovers_of_killed_processes_go(tmp_path: Path) -> None:
-    """Catches temporary files that pile up, and the deletion of one that is being written."""
-    old, new, mine = tmp_path / ".a.1.tmp", tmp_path / ".b.2.tmp", tmp_path / "a"
-    folder = tmp_path / ".c.3.tmp"
-    folder.mkdir()
-    (folder / "x").touch()
+    """Catches temporary files that pile up, and the deletion of one that is being written, or that is a person's."""
+    old, folder, new = (files.temporary_name(tmp_path / name) for name in "abc")
+    mine, thesis = tmp_path / "a", tmp_path / ".thesis.tmp"
+    for path in (folder, thesis):
+        path.mkdir()
+        (path / "x").touch()
     for path in (old, new, mine):
         path.touch()
-    for path in (old, folder, mine):
+    for path in (old, folder, mine, thesis):
         os.utime(path, (1, 1))
     files.remove_leftovers(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [".b.2.tmp", "a"]
+    assert set(tmp_path.iterdir()) == {new, mine, thesis}
 
 
 def test_opening_models_imports_neither_torch_nor_gguf() -> None:

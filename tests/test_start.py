@@ -36,6 +36,24 @@ def test_a_new_run_never_replaces_a_model(text, tmp_path):
         begin(ARCHITECTURE, settings(text, run.folder, init=str(run.folder)), set(), quiet)
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "metrics.jsonl"])
+def test_a_new_run_never_replaces_a_persons_files(text, tmp_path, name):
+    """Bug: a project's own config.json or measurements are written over, because --out names its folder."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text('{"mine": 1}\n')
+    with pytest.raises(ValueError, match=rf"run/{name}: a run would replace it: move it elsewhere, .*--out"):
+        begin(ARCHITECTURE, settings(text, tmp_path / "run"), set(), quiet)
+
+
+def test_a_run_that_never_saved_may_begin_again(text, tmp_path):
+    """Bug: the metrics of a run that was killed early keep its folder from everybody."""
+    (tmp_path / "run").mkdir()
+    for left in ("", '{"step": 1, "loss": 5.0}\n'):
+        (tmp_path / "run" / "metrics.jsonl").write_text(left)
+        with repeatable(None):
+            assert begin(ARCHITECTURE, settings(text, tmp_path / "run"), set(), quiet).step == 0
+
+
 def test_two_processes_never_train_in_one_folder(text, tmp_path):
     """Bug: two runs of the same name mix their states, and the slower one ends at its first save."""
     begin(ARCHITECTURE, settings(text, tmp_path / "run"), set(), quiet)

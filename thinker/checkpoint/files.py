@@ -18,11 +18,12 @@ from typing import Any
 
 # A temporary name that nobody has written to for an hour belongs to a process that was killed.
 LEFTOVER_SECONDS = 3600.0
+TEMPORARY = f".*.{8 * '[0-9a-f]'}.tmp"  # our own names alone: the folder may be one that people keep theirs in
 
 
 def temporary_name(path: Path) -> Path:
     """A fresh hidden name beside `path`, which no reader takes for a finished file."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # as TEMPORARY has it
 
 
 def sync(path: Path) -> None:
@@ -97,7 +98,7 @@ def brief(value: object, limit: int = 60) -> str:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete what killed processes left under temporary names."""
-    for path in folder.glob(".*.tmp"):
+    for path in folder.glob(TEMPORARY):
         try:
             abandoned = time.time() - path.stat().st_mtime > LEFTOVER_SECONDS
         except FileNotFoundError:  # its process has just finished

@@ -30,6 +30,7 @@ STEP = "thinker_step"
 WEIGHTS, CONFIG, GENERATION, OWN = "model.safetensors", "config.json", "generation_config.json", "thinker.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 MODALITY, SENSES = "modality.safetensors", "modality.json"
+VIEW = (WEIGHTS, CONFIG, GENERATION, OWN, TOKENIZER, TOKENIZER_CONFIG, MODALITY, SENSES)
 DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),

@@ -49,12 +49,12 @@ def files_below(folder: Path, suffixes: frozenset[str], skip: frozenset[str] = f
         for parent, folders, names in os.walk(folder, onerror=refuse):
             folders[:] = [name for name in folders if name not in skip and not name.startswith(".")]
             for path in (Path(parent, name) for name in names if not name.startswith(".")):
-                if path.suffix.lower() in suffixes and path.is_file() and path.stat().st_size and not _is_metrics(path):
+                if path.suffix.lower() in suffixes and path.is_file() and path.stat().st_size and not is_metrics(path):
                     found[path.relative_to(folder).parts] = path
     return {"/".join(parts): found[parts] for parts in sorted(found)}
 
 
-def _is_metrics(path: Path) -> bool:
+def is_metrics(path: Path) -> bool:
     """Whether a file is what a run writes of its steps (`train/report.py`), from the first one on."""
     if path.name != "metrics.jsonl":
         return False

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from ..checkpoint import training
-from ..checkpoint.publish import Publication, foreign_weights, holds_weights
+from ..checkpoint.publish import VIEW, Publication, foreign_weights, holds_weights
 from ..config import ThinkerConfig
 from ..data.chat_shards import ChatCorpus
+from ..data.reading import is_metrics
 from ..data.shards import Corpus
 from ..fused import kernels
 from ..llm import load_parameters
@@ -92,6 +93,12 @@ def refuse_taken(folder: Path) -> None:
         raise ValueError(f"{folder} already holds a run: go on with --resume, or name another folder with --out")
     if holds_weights(folder):
         raise ValueError(f"{folder} already holds a model, which a run would replace: name another folder with --out")
+    metrics = folder / "metrics.jsonl"  # which a run that never saved leaves too
+    found = [path for path in (folder / name for name in VIEW) if path.exists()]
+    if metrics.exists() and metrics.stat().st_size and not is_metrics(metrics):
+        found.append(metrics)
+    if found:
+        raise ValueError(f"{found[0]}: a run would replace it: move it elsewhere, or name another folder with --out")
 
 
 def with_recipe(
