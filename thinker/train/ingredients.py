@@ -132,8 +132,8 @@ def starting_point(
 ) -> tuple[ThinkerConfig, Mapping[str, np.ndarray | Q8Tensor], Tokenizer, Publication, Modality | None]:
     """Architecture, parameters, tokenizer, what is published beside them, and the senses, of the model --init names.
 
-    A Thinker run gives its exact, unfolded parameters; any other model what it has published. Raises `ValueError` when
-    a flag asks for another architecture than the model has; a longer context is said.
+    A Thinker run gives the exact, unfolded parameters of what it has published; any other model just that. Raises
+    `ValueError` when a flag asks for another architecture than the model has; a longer context is said.
     """
     files = open_model(path)
     parameters: Mapping[str, np.ndarray | Q8Tensor]
@@ -141,7 +141,7 @@ def starting_point(
     exact = training.to_publish(Path(path)) if is_run(Path(path)) else None
     if exact is not None:
         saved = training.load(exact)
-        config, parameters, tokenizer_json = saved.config, saved.parameters, saved.tokenizer_json
+        config, parameters, tokenizer_json = saved.config, saved.shown, saved.tokenizer_json
     if tokenizer_json is None:
         raise ValueError(f"{path}: has no tokenizer.json, which --init needs: put the model's own beside its weights")
     fields = given & set(ThinkerConfig.model_fields)
