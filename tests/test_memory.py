@@ -1,5 +1,6 @@
 """Running out of memory in a step: the batch is halved, the step stays the same, and it is remembered."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,24 @@ def test_a_split_is_said_recorded_and_kept_on_resuming(start, monkeypatch):
     assert rest.losses == later.losses
     for (name, p), q in zip(run.model.named_parameters(), goes_on.model.parameters(), strict=True):
         assert torch.equal(p, q), name
+
+
+def test_a_compiled_run_is_split_too(start, monkeypatch):
+    """Bug: the step that compiles is the first to run out of memory, and ends the run."""
+    settings, whole = start("whole")
+    _, run = start()
+    expected, watching = Watching(), Watching()
+    with repeatable(None):
+        fit(whole, expected)
+    run.decisions = replace(run.decisions, compile=True)
+    scarce, compiled_anew = Scarce(run.module, 2, MemoryError()), []
+    monkeypatch.setattr(loop, "step_module", lambda run: scarce)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: compiled_anew.append(run.rows_at_once))
+    with repeatable(None):
+        fit(run, watching)
+    assert (watching.rows, compiled_anew) == ([4, 2], [4, 2])
+    assert set(scarce.seen[-4 * settings.steps :]) == {2}
+    np.testing.assert_allclose(watching.losses, expected.losses, rtol=1e-4)
 
 
 def test_one_row_too_many_is_an_error_with_remedies(start):

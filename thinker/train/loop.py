@@ -27,6 +27,8 @@ from .held_out import look, look_is_due
 from .optim import rate, set_beta2, set_rate
 from .run import Run
 
+Halved = Callable[[Run], None]  # told when a batch was too large for the memory
+
 
 class Diverged(Exception):
     """The loss or the gradient is NaN or infinite; the message says where and what to try."""
@@ -101,22 +103,22 @@ def fit(run: Run, watcher: Watcher) -> int | None:
     settings = run.settings
     module = step_module(run)
     saved = validated = run.seconds
-    rows = _micro_rows(run)
     with until_interrupted() as interruption:
         if run.decisions.compile:
             watcher.compiling(run)
-            warm_up(run, module)
+            warm_up(run, module, watcher.out_of_memory)
+        rows = _micro_rows(run)  # memory may have run out
         while (progress := run.progress()) < 1 and interruption.signal is None and not run.overfits:
             if run.decisions.compile and _micro_rows(run) != rows:  # a ramp's next stage
-                rows = _micro_rows(run)
                 torch.compiler.reset()  # A process that resumes compiles for the new shape alone, and so must this one.
-                warm_up(run, module)
+                warm_up(run, module, watcher.out_of_memory)
+                rows = _micro_rows(run)
             start = time.perf_counter()
             share = rate(progress, schedule=settings.schedule, warmup=settings.warmup, cooldown=settings.cooldown)
             tokens = run.batches.tokens_in(run.step)
             loss, balance, norm = take_step(run, module, share, watcher.out_of_memory)
             elapsed = time.perf_counter() - start
-            rows = _micro_rows(run)  # memory may have run out
+            rows = _micro_rows(run)
             run.count(tokens, elapsed)
             report = StepReport(
                 run.step, loss, balance, norm, share * settings.lr, tokens, elapsed, min(1.0, run.progress())
@@ -149,32 +151,19 @@ def step_module(run: Run) -> Callable[..., LossParts]:
     return torch.compile(run.module, dynamic=False, options={"cpp.enable_floating_point_contract_flag": "fast"})
 
 
-def warm_up(run: Run, module: Callable[..., LossParts]) -> None:
+def warm_up(run: Run, module: Callable[..., LossParts], halved: Halved = lambda run: None) -> None:
     """Compile forward and backward on the next batch, outside the run's clock; parameters stay as they are."""
-    batch = run.batches.batch(run.step)
-    with run.decisions.autocast():
-        parts = module(*(next(_split(rows, run)) for rows in batch))
-    parts.total.backward()
+    within_memory(run, module, run.batches.batch(run.step), halved)
     run.module.zero_grad(set_to_none=True)
 
 
 def take_step(
-    run: Run, module: Callable[..., LossParts], share: float, halved: Callable[[Run], None] = lambda run: None
+    run: Run, module: Callable[..., LossParts], share: float, halved: Halved = lambda run: None
 ) -> tuple[float, float, float]:
-    """One update at this share of the peak rates: loss per token, balance loss, norm of the gradient.
-
-    Where memory runs out in the forward or backward, half the rows go at once from there on, and `halved` is told.
-    """
+    """One update at this share of the peak rates: loss per token, balance loss, norm of the gradient."""
     settings = run.settings
     batch = run.batches.batch(run.step)  # inputs, targets, and segments where rows are packed
-    counted = int((batch[1] != IGNORE).sum())
-    while (sums := _try_gradients(run, module, batch, counted)) is None:
-        run.halve()
-        halved(run)
-        if run.decisions.compile:
-            torch.compiler.reset()  # A process that resumes compiles for the new shape alone, and so must this one.
-    total, balance = sums
-    loss = float(total) / counted
+    loss, balance = within_memory(run, module, batch, halved)
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     norm = clip(run.trained.parameters(), settings.clip)
@@ -191,7 +180,7 @@ def take_step(
         run.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     run.scaler.update()
-    return loss, float(balance) / counted, norm
+    return loss, balance, norm
 
 
 def clip(parameters: Iterable[nn.Parameter], most: float) -> float:
@@ -203,6 +192,23 @@ def clip(parameters: Iterable[nn.Parameter], most: float) -> float:
     if not norm <= most:  # NaN too
         torch.nn.utils.clip_grads_with_norm_(trained, most, norm)
     return float(norm)
+
+
+def within_memory(
+    run: Run, module: Callable[..., LossParts], batch: tuple[np.ndarray, ...], halved: Halved
+) -> tuple[float, float]:
+    """The gradients of a step's batch, its loss and balance loss per token.
+
+    Where memory runs out in the forward or backward, half the rows go at once from there on, and `halved` is told.
+    """
+    counted = int((batch[1] != IGNORE).sum())
+    while (sums := _try_gradients(run, module, batch, counted)) is None:
+        run.halve()
+        halved(run)
+        if run.decisions.compile:
+            torch.compiler.reset()  # A process that resumes compiles for the new shape alone, and so must this one.
+    total, balance = sums
+    return float(total) / counted, float(balance) / counted
 
 
 def _try_gradients(
