@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -173,17 +174,35 @@ def test_a_missing_file_is_made_again_or_named(tmp_path: Path, name: str) -> Non
         open_model(run)
 
 
-def test_repair_brings_the_view_up_to_the_newest_state(tmp_path: Path) -> None:
+def test_opening_brings_the_view_up_to_the_state_to_publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a kill between saving and publishing after which the view stays behind for good."""
     config = small("dense")
     assert repair(tmp_path) is False
     run = run_with(tmp_path, config, 1)
     assert repair(run) is False
     save(run, 2, parameters(config, 2), {}, state(config))
-    assert open_run(run).step == 1, "a whole view is read as it is"
-    assert repair(run) is True
+
+    def refuse(*_: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("thinker.checkpoint.publish.write_safetensors", refuse)
+        assert open_run(run).step == 1, "a whole view is read where it can't be replaced"
     assert open_run(run).step == 2
     assert repair(run) is False
+
+
+def test_opening_never_replaces_a_view_whose_state_is_gone(tmp_path: Path) -> None:
+    """Catches the only copy of the best weights, or of the last ones, replaced by others when it is opened."""
+    config = small("dense")
+    run = run_with(tmp_path, config, 1)
+    given = {"best": {"step": 3, "loss": 1.0, "looks_since": 0}, "publication": Publication().to_json()}
+    for step in (3, 4):
+        save(run, step, parameters(config, step), {}, state(config, **given))
+        publish(run)
+    for gone, opened in ((3, 3), (4, 3)):
+        shutil.rmtree(run / "training" / f"step-{gone:08d}")
+        assert open_run(run).step == opened
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])

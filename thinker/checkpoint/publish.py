@@ -23,7 +23,7 @@ from ..formats.model_files import Modality, ModelFiles
 from ..formats.tensors import LazyTensors
 from .files import read_json, remove_leftovers, write_json, write_text
 from .reader import read_safetensors, widen
-from .training import TrainingState, latest, load, to_publish
+from .training import TrainingState, best_step, latest, load, to_publish
 from .writer import write_safetensors
 
 STEP = "thinker_step"
@@ -172,11 +172,8 @@ def fold_layer_scale(
 
 
 def repair(run_dir: Path) -> bool:
-    """Publish again when the view is not that of the state to publish; whether that was necessary."""
-    path = to_publish(run_dir)
-    if path is None:
-        return False
-    if _inconsistency(run_dir) is None and _step_of(run_dir / OWN) == load(path).step:
+    """Publish again where a kill left a view in pieces, or behind the state to publish; whether that was necessary."""
+    if to_publish(run_dir) is None or (_inconsistency(run_dir) is None and not _lags(run_dir)):
         return False
     publish(run_dir)
     return True
@@ -201,15 +198,16 @@ def foreign_weights(folder: Path) -> Path | None:
 
 
 def open_run(folder: Path) -> ModelFiles:
-    """Open a Thinker directory. A view that a kill left in pieces is first repaired from `training/`, if it can be."""
-    problem = _inconsistency(folder)
-    if problem is not None and latest(folder) is not None:
-        try:
-            publish(folder)
-        except OSError as error:
+    """Open a Thinker directory. A view that a kill left in pieces or behind is first repaired, if it can be.
+
+    One that is whole is read as it is where nothing can be written.
+    """
+    try:
+        repair(folder)
+    except OSError as error:
+        if (problem := _inconsistency(folder)) is not None:
             raise ValueError(f"{folder}: {problem}, and it can't be repaired: {error}") from None
-        problem = _inconsistency(folder)
-    if problem is not None:
+    if (problem := _inconsistency(folder)) is not None:
         raise ValueError(f"{folder}: {problem}; copy the folder again, or take it with its training/ folder")
     own = read_json(folder / OWN)
     if not isinstance(own.get("config"), dict):
@@ -257,6 +255,19 @@ def _inconsistency(folder: Path) -> str | None:
     known = {name: step for name, step in steps.items() if step is not None}
     other = next((name for name in known if known[name] != known[WEIGHTS]), None)
     return None if other is None else f"{WEIGHTS} is of step {known[WEIGHTS]}, {other} of step {known[other]}"
+
+
+def _lags(run_dir: Path) -> bool:
+    """Whether a state was saved for others to see and not published any more.
+
+    A view whose own state is damaged or gone is the best there is, and stays: the one to publish then is an older one,
+    or the newest in place of the best.
+    """
+    path, step = to_publish(run_dir), _step_of(run_dir / OWN)
+    if path is None or step is None:
+        return False
+    state = load(path)
+    return step < state.step and best_step(state.state) in (None, state.step)
 
 
 def _step_of(path: Path) -> int | None:
