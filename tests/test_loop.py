@@ -46,9 +46,6 @@ class Silent:
     def validate(self, run):
         self.looks += 1
 
-    def saved(self, run):
-        pass
-
 
 def settings(text, out, **changes):
     values = {"data": (str(text),), "out": out, "steps": 6, "batch_size": 4, "precision": "float32", "compile": "off"}

@@ -42,9 +42,6 @@ class Watching:
     def validate(self, run):
         pass
 
-    def saved(self, run):
-        pass
-
 
 class Scarce:
     """The loss of a model for which memory lasts for so many rows, and breaks in the backward of later ones too."""

@@ -13,6 +13,7 @@ from thinker.train.config import TrainConfig
 from thinker.train.decide import repeatable
 from thinker.train.loop import fit
 from thinker.train.report import Reporter, held_out_loss, kept_metrics, one_line
+from thinker.train.run import Run
 from thinker.train.start import begin, resume
 from thinker.train.summary import beginning, summarise, xz_bits_per_byte
 
@@ -105,6 +106,21 @@ def test_metrics_of_steps_that_a_kill_undid_are_dropped(settings):
             fit(longer, reporter)
     steps = [row["step"] for row in map(json.loads, path.read_text().splitlines()) if "loss" in row]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_metrics_are_never_behind_a_saved_state(settings, monkeypatch):
+    """Bug: a kill while a state is published leaves it without the lines of its steps, and the curve has a gap."""
+    lines = []
+    save = Run.save
+
+    def saved(run):
+        save(run)
+        rows = map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
+        lines.append([row["step"] for row in rows if "loss" in row])
+
+    monkeypatch.setattr(Run, "save", saved)
+    trained(settings.changed(save_every=1e-9), console())
+    assert lines == [[1], [1, 2], [1, 2, 3], [1, 2, 3, 4]]
 
 
 def test_looking_does_not_steer(settings, tmp_path):

@@ -63,9 +63,6 @@ class Watcher(Protocol):
     def validate(self, run: Run) -> None:
         """Called when it is time to look at held-out text."""
 
-    def saved(self, run: Run) -> None:
-        """Called when the run's state has been written."""
-
 
 @dataclass
 class Interruption:
@@ -132,14 +129,12 @@ def fit(run: Run, watcher: Watcher) -> int | None:
                     found_best = look(run)
             if (found_best or run.seconds - saved >= settings.save_every) and run.progress() < 1:
                 run.save()
-                watcher.saved(run)
                 saved = run.seconds
             if run.looked_at_this_step if steered else run.seconds - validated >= settings.validate_every:
                 with run.shown():
                     watcher.validate(run)
                 validated = run.seconds
         run.save()
-        watcher.saved(run)
     return interruption.signal
 
 

@@ -37,7 +37,7 @@ class Reporter:
         run.folder.mkdir(parents=True, exist_ok=True)
         self.rows = kept_metrics(self.path, run.step)
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
-        self.file = self.path.open("a", encoding="utf-8")
+        self.file = self.path.open("a", buffering=1, encoding="utf-8")  # by lines: never behind a saved state
         self.board = open_tensorboard(run.folder) if run.settings.tensorboard else None
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -100,10 +100,6 @@ class Reporter:
         line = Text(f"step {run.step:,}: held-out loss {loss:.3f}, {bits:.3f} bits per byte   ")
         line.append(one_line(look(run)), style="dim")
         self.console.print(line, no_wrap=True, overflow="ellipsis")
-
-    def saved(self, run: Run) -> None:
-        """Flush the metrics, so that they are never behind the saved state."""
-        self.file.flush()
 
     def _record(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
