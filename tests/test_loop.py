@@ -1,5 +1,6 @@
 """The training loop and the run it works on: repeatable, resumable, exact."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -141,6 +142,21 @@ def test_save_and_resume_equals_going_on(text, tmp_path, architecture, options, 
     assert rest.losses == watched.losses[3:]
     published, again = (open_model(run.folder).tensors for run in (whole, goes_on))
     assert all(np.array_equal(published[name], again[name]) for name in published)
+
+
+def test_going_on_with_a_finished_run_only_publishes(text, tmp_path, monkeypatch):
+    """Bug: half a minute of compiling for no step, and the last state saved again, for which the one before it goes."""
+    run, _ = train(text, tmp_path / "run", steps=3, save_every=1e-9)
+    states = sorted((run.folder / "training").glob("step-*"))
+    assert [path.name for path in states] == ["step-00000002", "step-00000003"]
+    (run.folder / "thinker.json").unlink()
+    monkeypatch.setattr(loop, "warm_up", None)
+    with repeatable(None):
+        again = resume(ARCHITECTURE, settings(text, run.folder), {"out"}, quiet)
+        again.decisions = dataclasses.replace(again.decisions, compile=True)
+        fit(again, Silent())
+    assert sorted((run.folder / "training").glob("step-*")) == states
+    assert (run.folder / "thinker.json").exists(), "a view that lags catches up"
 
 
 @pytest.mark.slow

@@ -160,7 +160,7 @@ def test_a_compiled_run_is_split_too(start, monkeypatch):
     monkeypatch.setattr(torch.compiler, "reset", lambda: compiled_anew.append(run.rows_at_once))
     with repeatable(None):
         fit(run, watching)
-    assert (watching.rows, compiled_anew) == ([4, 2], [4, 2])
+    assert (watching.rows, compiled_anew) == ([4, 2], [8, 4, 2])
     assert set(scarce.seen[-4 * settings.steps :]) == {2}
     np.testing.assert_allclose(watching.losses, expected.losses, rtol=1e-4)
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.publish import repair
 from ..loss import IGNORE, LossParts
 from .allocator import ran_out_of_memory
 from .decide import dropout_seed
@@ -100,13 +101,11 @@ def fit(run: Run, watcher: Watcher) -> int | None:
     settings = run.settings
     module = step_module(run)
     saved = validated = run.seconds
+    rows = None  # of the micro-batches that the step is compiled for
     with until_interrupted() as interruption:
-        if run.decisions.compile:
-            watcher.compiling(run)
-            warm_up(run, module, watcher.out_of_memory)
-        rows = _micro_rows(run)  # memory may have run out
         while (progress := run.progress()) < 1 and interruption.signal is None and not run.overfits:
-            if run.decisions.compile and _micro_rows(run) != rows:  # a ramp's next stage
+            if run.decisions.compile and _micro_rows(run) != rows:  # at first, and at a ramp's next stage
+                watcher.compiling(run)
                 torch.compiler.reset()  # A process that resumes compiles for the new shape alone, and so must this one.
                 warm_up(run, module, watcher.out_of_memory)
                 rows = _micro_rows(run)
@@ -115,7 +114,7 @@ def fit(run: Run, watcher: Watcher) -> int | None:
             tokens = run.batches.tokens_in(run.step)
             loss, balance, norm = take_step(run, module, share, watcher.out_of_memory)
             elapsed = time.perf_counter() - start
-            rows = _micro_rows(run)
+            rows = _micro_rows(run)  # memory may have run out
             run.count(tokens, elapsed)
             report = StepReport(
                 run.step, loss, balance, norm, share * settings.lr, tokens, elapsed, min(1.0, run.progress())
@@ -134,7 +133,10 @@ def fit(run: Run, watcher: Watcher) -> int | None:
                 with run.shown():
                     watcher.validate(run)
                 validated = run.seconds
-        run.save()
+        if run.saved != run.step:
+            run.save()
+        else:
+            repair(run.folder)
     return interruption.signal
 
 

@@ -49,7 +49,10 @@ class Best:
 
 @dataclass
 class Run:
-    """A model in training. The mutable part is the model, its optimisers, and the three counters."""
+    """A model in training.
+
+    The mutable part is the model, its optimisers, everything from `step` on, and `decisions`, where memory runs out.
+    """
 
     folder: Path
     config: ThinkerConfig
@@ -67,6 +70,7 @@ class Run:
     seconds: float = 0.0  # spent in steps, over all processes that worked on this run
     best: Best | None = None  # where held-out loss steers the run
     looked: tuple[int, float] | None = None  # step and held-out loss of the last look
+    saved: int | None = None  # the step of the newest state
     module: NextTokenLoss | SplicedLoss = field(init=False)
     trained: nn.Module = field(init=False)  # all parameters under the names they are saved by
 
@@ -157,6 +161,7 @@ class Run:
             modality=None if self.senses is None else {n: as_numpy(p) for n, p in self.senses.named_parameters()},
             keep=self.settings.keep,
         )
+        self.saved = self.step
         publish(self.folder)
 
     def take_published(self, say: Say) -> None:

@@ -197,7 +197,8 @@ def resume(wanted: ThinkerConfig, settings: TrainConfig, given: set[str], say: S
     tensors = {name: torch.from_numpy(np.array(array)) for name, array in saved.optimizer.items()}
     restore_optimizers(run.trained, run.optimizers, tensors)
     run.scaler.load_state_dict(state["scaler"])
-    run.step, run.tokens, run.seconds = saved.step, state["tokens"], state["seconds"]
+    run.step = run.saved = saved.step
+    run.tokens, run.seconds = state["tokens"], state["seconds"]
     run.best = Best(**state["best"]) if state.get("best") is not None else None
     say(f"going on from step {run.step:,}")
     return run
