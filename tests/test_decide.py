@@ -82,11 +82,13 @@ def test_kernels_are_said_to_be_ours_where_they_are(monkeypatch):
     assert "norms" not in room.own_kernels(ThinkerConfig(), compiled=True)
 
 
-def test_probing_changes_no_parameter():
-    """Bug: the probe's gradients or an update leak into the run, which then depends on the probe."""
+def test_probing_changes_no_parameter_and_draws_nothing():
+    """Bug: the probe's gradients, an update or its dropout's draws leak into the run, which depends on the probe."""
     model = ThinkerLM(CONFIG)
     before = {name: p.clone() for name, p in model.named_parameters()}
+    drawn = torch.get_rng_state()
     decide(TrainConfig(steps=10), NextTokenLoss(model), one_row(), "cpu")
+    assert torch.equal(torch.get_rng_state(), drawn)
     for name, parameter in model.named_parameters():
         assert parameter.grad is None
         assert torch.equal(parameter, before[name])
