@@ -236,10 +236,13 @@ def test_eval_s_window_is_set_by_flags(shell, folder, tmp_path):
         (["{}", "--data", "{}/ok.txt", "--batch", "0"], "batch"),
         (["{}", "--data", "{}/bad.txt"], "UTF-8"),
         (["{}", "--data", "{}/empty.txt"], "empty.txt"),
+        (["{}", "--data", "{}/ok.txt", "--data", "{}/bad.txt"], "--data is given twice: give it once"),
+        (["{}", "--data", "stdlib-qa", "--chat", "--stride", "5"], "stride is for texts: drop it with --chat"),
+        (["{}", "--data", "stdlib-qa", "--chat", "--batch=8"], "batch is for texts: drop it with --chat"),
     ],
 )
 def test_eval_s_mistakes_are_one_line_and_status_2(shell, tmp_path, arguments, message):
-    """Catches a traceback, or figures for a text that could not be read."""
+    """Catches a traceback, figures for a text that could not be read, and flags that are dropped in silence."""
     folder = folder_of(tmp_path / "model")
     (folder / "ok.txt").write_text("some text")
     (folder / "bad.txt").write_bytes(b"some \xff text")

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TypeVar, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -120,6 +120,7 @@ def parse(options: type[Parsed], command: str, arguments: Sequence[str]) -> Pars
                 args=list(arguments),
                 config=(tyro.conf.OmitArgPrefixes,),
             )
+        refuse_twice(options, arguments)
         return options.model_construct(_fields_set=_given(parsed, arguments), **dict(parsed))
     except ValidationError as error:
         raise ValueError(explain(error, f"thinker {command}")) from None
@@ -136,10 +137,31 @@ def parse(options: type[Parsed], command: str, arguments: Sequence[str]) -> Pars
     raise ValueError(f"{said} (see thinker {command} --help)")
 
 
+def refuse_twice(options: type[BaseModel], arguments: Sequence[str]) -> None:
+    """Raise `ValueError` for a flag of several values that is given twice: the first ones would be dropped in silence.
+
+    Of a single value the last one counts, as everywhere, so that a script's flags can be overridden.
+    """
+    import tyro
+
+    flags = _flags(arguments)
+    for name, field in options.model_fields.items():
+        several = get_origin(field.annotation) is tuple and tyro.conf.UseAppendAction not in field.metadata
+        if several and flags.count(name) > 1:
+            raise ValueError(f"--{name.replace('_', '-')} is given twice: give it once, with all its values behind it")
+
+
+def _flags(arguments: Sequence[str]) -> list[str]:
+    """The flags among the arguments, spelled as fields are; behind a lone -- there are none."""
+    until = arguments.index("--") if "--" in arguments else len(arguments)
+    flags = (argument.split("=")[0] for argument in arguments[:until] if argument.startswith("--"))
+    return [flag.removeprefix("--").replace("-", "_") for flag in flags]
+
+
 def _given(parsed: BaseModel, arguments: Sequence[str]) -> set[str]:
     """The fields that the person named, or gave by place; tyro fills in the rest and no longer tells which."""
-    flags = {argument.split("=")[0].removeprefix("--") for argument in arguments if argument.startswith("--")}
-    named = {flag.removeprefix("no-").replace("-", "_") for flag in flags} | {flag.replace("-", "_") for flag in flags}
+    flags = _flags(arguments)
+    named = {*flags, *(flag.removeprefix("no_") for flag in flags)}
     fields = type(parsed).model_fields
     return {name for name in fields if name in named or getattr(parsed, name) != fields[name].default}
 

@@ -63,8 +63,9 @@ def run_chats(options: Options) -> int:
     """Ask everything that is held out and print the shares of exact replies."""
     from ..answers import answers, by_question, conversations_of, share
 
-    if options.compare is not None:
-        raise ValueError("compare is for texts: drop it with --chat")
+    for name in ("stride", "batch", "compare"):
+        if name in options.model_fields_set:
+            raise ValueError(f"{name} is for texts: drop it with --chat")
     asked = {name: conversations_of(name) for name in options.data}
     llm = load(options.model, options.backend, options.dtype, options.ctx_len, notice=notice)
     report: dict[str, dict[str, Any]] = {}

@@ -74,7 +74,9 @@ class TrainConfig(BaseModel):
     checkpoint_activations: bool = Field(False, description="recompute activations backward: less memory, more time")
     device: str = Field("auto", description="auto, cpu, cuda, …")
     threads: int | None = Field(None, ge=1, description="processor threads; unset means all cores")
-    validate_every: float = Field(30.0, gt=0, description="seconds between looks at held-out text")
+    validate_every: float = Field(
+        30.0, gt=0, description="seconds between looks at held-out text, where early_stop doesn't set them"
+    )
     save_every: float = Field(120.0, gt=0, description="seconds between saves")
     keep: int = Field(2, ge=1, description="exact states kept for going on")
     prompt: str | None = Field(None, description="beginning of the samples shown; unset means the data's own")
