@@ -29,6 +29,7 @@ from thinker.llm import load
 from thinker.loss import NextTokenLoss
 from thinker.model import ThinkerLM
 from thinker.tokenizer import END, Tokenizer
+from thinker.train import chat_summary
 from thinker.train.chat_summary import summarise_chats
 from thinker.train.chats import with_turns
 from thinker.train.config import TrainConfig
@@ -472,6 +473,18 @@ def test_a_model_that_learned_chats_replies_and_stops(tmp_path):
     asked = exchanges(run.corpus.train, 64, 3)
     assert replies(run, asked) == [run.tokenizer.decode(one.reply) for one in asked]
     assert asked[0].before[-1] == run.tokenizer.special_ids["<|assistant|>"]
+
+
+def test_a_run_that_went_astray_is_told_of_all_the_same(tmp_path, monkeypatch):
+    """Bug: a loss whose perplexity no float holds ends the run in a traceback, without any report."""
+    path = written(tmp_path / "chats.jsonl", *numbers(9))
+    monkeypatch.setattr(chat_summary, "reply_loss", lambda *_: (800.0, 9))
+    shown = Console(file=io.StringIO(), width=100, highlight=False)
+    with repeatable(None):
+        run = begin(ARCHITECTURE, settings(path, tmp_path / "run", steps=1), set(), quiet)
+        run.folder.mkdir(exist_ok=True)
+        assert summarise_chats(run, [{"step": 1, "loss": 800.0}], shown, 1.0)["held_out_loss"] == 800
+    assert "perplexity inf" in shown.file.getvalue()
 
 
 def test_a_model_with_a_template_of_its_own_keeps_it(tmp_path):

@@ -283,6 +283,9 @@ def test_parquet(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"id": [1], "body": ["a"]}), tmp_path / "other.parquet")
     with pytest.raises(ValueError, match=r'other\.parquet: needs a column "text" or "content", found id, body'):
         both_sides(tmp_path / "other.parquet")
+    parquet.write_table(pyarrow.table({"text": [1]}), tmp_path / "numbers.parquet")
+    with pytest.raises(ValueError, match=r"numbers\.parquet, row 1, column text: holds int, not text"):
+        both_sides(tmp_path / "numbers.parquet")
     with pytest.raises(ValueError, match=r"text\.parquet: cannot be read as \.parquet"):
         both_sides(write(tmp_path / "text.parquet", "no parquet at all"))
 
@@ -394,6 +397,10 @@ def test_hub_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ValueError, match=r"data/book: cannot be had from the hub \(Dataset 'data/book' doesn't exist\)"
     ):
         open_sources(["data/book"]).size()
+    rows = FakeRows([{"text": "a"}, {"text": ["b"]}])
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *_, **__: rows))
+    with pytest.raises(ValueError, match="data/book, row 2, column text: holds list, not text: make it a string"):
+        list(open_evaluation("data/book"))
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "data" / "book", "a file without a suffix\n")
     assert both_sides("data/book") == (["a file without a suffi"], ["x\n"])

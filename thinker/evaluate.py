@@ -106,12 +106,17 @@ def evaluate(
     loss = nats / tokens
     return Evaluation(
         loss=loss,
-        perplexity=math.inf if loss > 700 else math.exp(loss),
+        perplexity=perplexity(loss),
         bits_per_byte=nats / math.log(2) / size,
         tokens=tokens,
         bytes=size,
         seconds=time.perf_counter() - began,
     )
+
+
+def perplexity(loss: float) -> float:
+    """Of a loss in nats per token; infinite where a diverged model's is beyond what a float can hold."""
+    return math.inf if loss > 700 else math.exp(loss)
 
 
 def _windows(

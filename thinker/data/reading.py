@@ -96,8 +96,12 @@ def text_document(text: str, key: str | None = None) -> Document:
     return Document(text if key is None else key, len(text.encode()), read)
 
 
-def row_documents(text: str, where: str) -> Iterator[Document]:
-    """A row's text as its document; an empty one is none. Raises `ValueError` for half a surrogate pair."""
+def row_documents(text: object, where: str) -> Iterator[Document]:
+    """A row's text as its document; an empty one, or a null, is none. Raises `ValueError` for what is no text."""
+    if text is None:
+        return
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: holds {type(text).__name__}, not text: make it a string, or leave the set out")
     try:
         if text:
             yield text_document(text)
@@ -146,9 +150,7 @@ def _parquet_rows(path: Path) -> Iterator[Document]:
             for batch in file.iter_batches(batch_size=256, columns=[column]):
                 for text in batch.column(0).to_pylist():
                     number += 1
-                    if text is not None and not isinstance(text, str):
-                        raise ValueError(f"{path}: column {column} holds {type(text).__name__}, not text")
-                    yield from row_documents(text or "", f"{path}, row {number}")
+                    yield from row_documents(text, f"{path}, row {number}, column {column}")
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: cannot be read as .parquet ({str(error).splitlines()[0]})") from None
 

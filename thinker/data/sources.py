@@ -149,8 +149,8 @@ class HubSet(OwnText):
 
     def everything(self) -> Iterator[Document]:
         for number, row in enumerate(self._rows, 1):
-            (text,) = row.values()
-            yield from row_documents(text or "", f"{self.name}, row {number}")
+            ((column, text),) = row.items()
+            yield from row_documents(text, f"{self.name}, row {number}, column {column}")
 
     def fingerprint(self) -> list[Any]:
         return [self.name, len(self._rows), self._rows.info.dataset_size]

@@ -17,6 +17,7 @@ from rich.progress import track
 from rich.text import Text
 
 from ..data.chat_shards import ChatCorpus
+from ..evaluate import perplexity
 from .replies import exchanges, question, replies, right_reply
 from .run import Run
 from .senses_summary import summarise_senses
@@ -42,7 +43,7 @@ def summarise_chats(run: Run, rows: list[dict[str, Any]], console: Console, wall
     picture = draw(run, rows, bits, None)
     console.print(
         f"\nHeld out: {kept:,} conversations that the model has never seen\n"
-        f"  loss            [bold]{loss:.3f}[/] nats per token of the assistant's, perplexity {math.exp(loss):.1f}\n"
+        f"  loss            [bold]{loss:.3f}[/] nats per token of the assistant's, perplexity {perplexity(loss):.1f}\n"
         f"Trained on: {trained:,} conversations\n"
         f"  exact recall    [bold]{exact} of {len(asked)}[/] ({exact / len(asked):.0%}) first replies, word for word\n"
         f"Trained {run.step:,} steps ({run.batches.epochs(run.step):.2f} epochs) "
