@@ -306,7 +306,7 @@ def test_nothing_left_is_said(tmp_path, rows, message):
 
 def test_sources_that_are_none(tmp_path):
     """Bug: text is taken for conversations, or the other way round, with a message that doesn't help."""
-    from thinker.data.sources import open_sources
+    from thinker.data.sources import open_evaluation, open_sources
 
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.txt").write_text("text")
@@ -318,10 +318,11 @@ def test_sources_that_are_none(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             open_chats([value])
-    with pytest.raises(ValueError, match="add --chat"):
-        open_sources(["stdlib-qa"])
+    for opened in (open_sources, lambda values: open_evaluation(*values)):
+        with pytest.raises(ValueError, match="stdlib-qa: holds conversations, no text: name it with --data, and add"):
+            opened(["stdlib-qa"])
     path = written(tmp_path / "chats.jsonl", chat("what?", "one"))
-    with pytest.raises(ValueError, match="line 1: holds a conversation, no text: add --chat"):
+    with pytest.raises(ValueError, match="line 1: holds a conversation, no text: name it with --data, and add --chat"):
         list(open_sources([str(path)]).documents("train"))
 
 

@@ -2,10 +2,13 @@
 
 import pytest
 
+from thinker.checkpoint.publish import Publication
 from thinker.config import ThinkerConfig
 from thinker.moe import SPACING
+from thinker.train import estimate
 from thinker.train.config import TrainConfig
-from thinker.train.estimate import PROGRAMS, changes, programs, remedies
+from thinker.train.decide import Decisions
+from thinker.train.estimate import PROGRAMS, Plan, changes, programs, remedies
 from thinker.train.rehearsal import Rehearsal
 
 CONFIG = ThinkerConfig(ctx_len=128, use_moe=True)
@@ -26,6 +29,18 @@ def test_remedies_come_in_order_and_keep_the_rows_of_a_step():
         "--batch-size 1 --accumulate 12 --checkpoint-activations --ctx-len 64",
         "--batch-size 1 --accumulate 12 --checkpoint-activations --ctx-len 32",
     ]
+
+
+def test_a_share_of_texts_is_kept_in_a_rehearsal(monkeypatch):
+    """Bug: fewer batches are rehearsed, of whose rows texts would get none, and the settings are refused."""
+    rehearsed = []
+    monkeypatch.setattr(Plan, "run", lambda plan, config, settings, decisions: rehearsed.append(settings))
+    monkeypatch.setattr(estimate, "rehearse", lambda make, accelerator: make())
+    plan = Plan(None, Publication(), Decisions("cuda", "bfloat16", False, 1, 1.0, (), {}))
+    for text in (("poems",), ()):
+        settings = TrainConfig(chat=True, text=text, text_share=0.2, batch_size=1, accumulate=8)
+        plan.estimate(CONFIG, settings)
+    assert [(settings.text_rows, settings.accumulate) for settings in rehearsed] == [(2, 8), (0, 2)]
 
 
 @pytest.mark.parametrize(

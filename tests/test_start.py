@@ -31,7 +31,10 @@ def test_a_new_run_never_replaces_a_model(text, tmp_path):
     os.truncate(state / "optimizer.safetensors", 100)
     with pytest.raises(ValueError, match="already holds a run"):
         begin(ARCHITECTURE, settings(text, run.folder), set(), quiet)
-    shutil.rmtree(run.folder / "training")
+    for _ in range(2):  # first damaged, then gone: the advice mustn't lead back to where it came from
+        with pytest.raises(ValueError, match=r"holds no whole state to go on from: begin anew .*--out"):
+            resume(ARCHITECTURE, settings(text, run.folder), {"out"}, quiet)
+        shutil.rmtree(run.folder / "training", ignore_errors=True)
     with pytest.raises(ValueError, match=r"already holds a model.*--out"):
         begin(ARCHITECTURE, settings(text, run.folder, init=str(run.folder)), set(), quiet)
 
@@ -128,7 +131,7 @@ def test_resume_refuses_what_would_steer_other_steps(text, tmp_path):
     train(text, tmp_path / "run", steps=2)
     with pytest.raises(ValueError, match=r"seed is 0 in this run"):
         resume(ARCHITECTURE, settings(text, tmp_path / "run", seed=1), {"out", "seed"}, quiet)
-    with pytest.raises(ValueError, match="holds no state"):
+    with pytest.raises(ValueError, match="holds no state to go on from: leave out --resume"):
         resume(ARCHITECTURE, settings(text, tmp_path / "nowhere"), {"out"}, quiet)
     longer = resume(ARCHITECTURE, settings(text, tmp_path / "run", steps=9), {"out", "steps"}, quiet)
     assert (longer.step, longer.settings.steps, longer.progress()) == (2, 9, 2 / 9)

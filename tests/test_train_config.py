@@ -1,6 +1,7 @@
 """Settings of a run: file, flags, and the line that a mistake gets."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -76,6 +77,16 @@ def test_a_run_has_a_folder_of_its_own_whatever_its_data(tmp_path, monkeypatch):
     assert str(TrainConfig(data=(".",), out="mine").folder) == "mine"
 
 
+def test_home_is_a_persons_own_wherever_a_path_is_given(tmp_path, monkeypatch):
+    """Bug: "out": "~/runs" in a file, or --out=~/runs, makes a folder named ~, and --init finds nothing."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "run.json"
+    path.write_text('{"chat": true, "out": "~/runs/x", "init": "~/model", "senses": "~/senses.json"}')
+    _, run, _ = read_settings(path, {})
+    assert (run.out, run.init, run.senses) == (tmp_path / "runs/x", str(tmp_path / "model"), tmp_path / "senses.json")
+    assert read_settings(None, {"out": Path("~/x"), "init": None})[1].folder == tmp_path / "x"
+
+
 def test_no_key_belongs_to_both():
     """Bug: one name means two things, and a flag sets the wrong one."""
     assert not set(TrainConfig.model_fields) & set(ThinkerConfig.model_fields)
@@ -83,8 +94,6 @@ def test_no_key_belongs_to_both():
 
 def test_every_preset_can_be_read():
     """Bug: a preset with a key that was renamed."""
-    from pathlib import Path
-
     presets = sorted((Path(__file__).parents[1] / "configs").glob("*.json"))
     assert len(presets) >= 3
     sizes = {path.stem: read_settings(path, {})[0].parameter_count() for path in presets}

@@ -23,6 +23,7 @@ TEXT_SUFFIXES = frozenset(_SUFFIXES.split())  # what a folder is searched for; a
 ROW_SUFFIXES = frozenset({".jsonl", ".parquet"})
 TEXT_FIELDS = ("text", "content")
 NO_DATA = "no data: name a set, a file or a folder"
+NAME_CHATS = "name it with --data, and add --chat"  # to train and to evaluate, and for what stands under --text
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def _jsonl_rows(path: Path) -> Iterator[Document]:
                 raise ValueError(f"{where}: not valid JSON ({error})") from None
             fields = list(row) if isinstance(row, dict) else []
             if "messages" in fields and not {*TEXT_FIELDS} & {*fields}:
-                raise ValueError(f"{where}: holds a conversation, no text: add --chat to train on it")
+                raise ValueError(f"{where}: holds a conversation, no text: {NAME_CHATS}")
             text = next((row[field] for field in TEXT_FIELDS if field in fields), None)
             if not isinstance(text, str):
                 found = f"found {', '.join(fields)}" if fields else "found no fields"

@@ -20,6 +20,7 @@ from .digits import DIGIT_SETS
 from .named import EVALUATION_SETS, TRAINING_SETS
 from .questions import CHAT_SETS
 from .reading import (
+    NAME_CHATS,
     NO_DATA,
     ROW_SUFFIXES,
     TEXT_SUFFIXES,
@@ -63,8 +64,7 @@ def open_sources(values: Sequence[str]) -> Sources:
     for value in dict.fromkeys(values):
         if value in EVALUATION_SETS:
             raise ValueError(f"{value}: for thinker eval only; to train, choose among {', '.join(TRAINING_SETS)}")
-        if value in CHAT_SETS or value in DIGIT_SETS:
-            raise ValueError(f"{value}: holds conversations: add --chat to train on them")
+        refuse_conversations(value)
         if value in TRAINING_SETS:
             sources.append(TRAINING_SETS[value])
         elif (source := _hub_set(value)) is not None:
@@ -80,9 +80,16 @@ def open_sources(values: Sequence[str]) -> Sources:
 
 def open_evaluation(value: str) -> Iterator[Document]:
     """What to evaluate on: the held-out part of a named set or hub set, the whole of a file or folder."""
+    refuse_conversations(value)
     named = TRAINING_SETS | EVALUATION_SETS
     source = named[value] if value in named else _hub_set(value)
     return source.documents("valid") if source is not None else Files([value]).everything()
+
+
+def refuse_conversations(value: str) -> None:
+    """Raise `ValueError` for a named set that is no text."""
+    if value in CHAT_SETS or value in DIGIT_SETS:
+        raise ValueError(f"{value}: holds conversations, no text: {NAME_CHATS}")
 
 
 class Files(OwnText):

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..config import ThinkerConfig, explain, read_json_with_comments
+from ..places import expand_home
 from .optim import Schedule, beta2_in_tokens
 
 DEFAULT_MINUTES = 4.0
@@ -160,6 +161,9 @@ def read_settings(file: Path | None, flags: Mapping[str, Any]) -> tuple[ThinkerC
     if "minutes" in flags:
         given.pop("steps", None)
     given |= flags
+    for name in ("out", "init", "senses"):
+        if isinstance(path := given.get(name), str | Path):
+            given[name] = str(expand_home(path))
     run = {name: value for name, value in given.items() if name in TrainConfig.model_fields}
     architecture = {name: value for name, value in given.items() if name not in run}
     try:

@@ -90,8 +90,9 @@ class Plan:
 
     def estimate(self, config: ThinkerConfig, settings: TrainConfig) -> Estimate:
         """What a run of this architecture with these settings would take. Raises `ValueError` for too little text."""
-        # The second batch of a step is as the third; nothing that is rehearsed looks at values.
-        few = settings.changed(accumulate=min(settings.accumulate, 2))
+        # The second batch of a step is as the third, unless texts have a share of the step's rows; nothing that is
+        # rehearsed looks at values.
+        few = settings if settings.text else settings.changed(accumulate=min(settings.accumulate, 2))
         # Without values everything is the processor's, and float16, which would want a scaler, like bfloat16.
         narrow: Precision = "float32" if self.decisions.precision == "float32" else "bfloat16"
         decisions = replace(self.decisions, device="cpu", precision=narrow)

@@ -155,7 +155,9 @@ def resume(wanted: ThinkerConfig, settings: TrainConfig, given: set[str], say: S
         training.claim(folder)  # before looking: the process that trains there now may be about to save
     newest = training.latest(folder)
     if newest is None:
-        raise ValueError(f"{folder} holds no state to go on from: leave out --resume to start there")
+        taken = training.begun(folder) or holds_weights(folder)
+        remedy = "begin anew in another folder with --out" if taken else "leave out --resume to start there"
+        raise ValueError(f"{folder} holds no {'whole ' if taken else ''}state to go on from: {remedy}")
     if (foreign := foreign_weights(folder)) is not None:
         raise ValueError(f"{foreign}: was not written by Thinker and stays: move it elsewhere to go on here")
     saved = training.load(newest)
