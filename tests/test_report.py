@@ -9,11 +9,12 @@ import torch
 from rich.console import Console
 
 from thinker.config import ThinkerConfig
+from thinker.train import summary
 from thinker.train.config import TrainConfig
 from thinker.train.decide import repeatable
 from thinker.train.loop import fit
 from thinker.train.report import Reporter, held_out_loss, kept_metrics, one_line
-from thinker.train.run import Run
+from thinker.train.run import Best, Run
 from thinker.train.start import begin, resume
 from thinker.train.summary import beginning, summarise, xz_bits_per_byte
 
@@ -106,6 +107,18 @@ def test_metrics_of_steps_that_a_kill_undid_are_dropped(settings):
             fit(longer, reporter)
     steps = [row["step"] for row in map(json.loads, path.read_text().splitlines()) if "loss" in row]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_curve_ends_where_the_published_state_is(settings, monkeypatch):
+    """Bug: the loss of the best state is drawn at the last step, as if the run had ended there with it."""
+    run, _ = trained(settings, console())
+    run.best = Best(2, 1.0)
+    drawn = []
+    monkeypatch.setattr(summary, "loss_curve", lambda path, steps, losses, looks, yardstick: drawn.extend(looks))
+    rows = [{"step": step, "held_out_bits_per_byte": 3.0} for step in (1, 2, 3)]
+    report = summarise(run, rows, console(), 1.0)
+    assert drawn == [(1, 3.0), (2, report["held_out_bits_per_byte"]), (3, 3.0)]
+    assert (report["steps"], report["published_step"]) == (4, 2)
 
 
 def test_metrics_are_never_behind_a_saved_state(settings, monkeypatch):

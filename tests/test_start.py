@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 from test_loop import ARCHITECTURE, Silent, assert_same, quiet, settings, train, weights
 
 from thinker.checkpoint import training
-from thinker.train.decide import repeatable
+from thinker.train import start
+from thinker.train.decide import repeatable, versions
 from thinker.train.loop import fit
 from thinker.train.start import begin, resume
 
@@ -112,6 +113,15 @@ def test_a_run_goes_on_with_its_threads_and_with_its_text_elsewhere(text, tmp_pa
         again = resume(ARCHITECTURE, settings(moved, tmp_path / "run", steps=3), {"out", "steps", "data"}, quiet)
         assert (torch.get_num_threads(), again.decisions.threads) == (1, 1)
     assert again.settings.data == (str(moved),)
+
+
+def test_going_on_under_other_versions_is_said(text, tmp_path, monkeypatch):
+    """Bug: a run that should repeat bit for bit goes on with another torch, and nobody is told."""
+    train(text, tmp_path / "run", steps=1)
+    monkeypatch.setattr(start, "versions", lambda: versions() | {"torch": "9.9"})
+    said = []
+    resume(ARCHITECTURE, settings(text, tmp_path / "run"), {"out"}, said.append)
+    assert sum(line.endswith(f"where the run began: torch 9.9, not {torch.__version__}") for line in said) == 1
 
 
 def test_a_configuration_resumes_the_run_it_made(text, tmp_path):

@@ -99,7 +99,7 @@ def recordings(held_out_speaker: str | None = None) -> list[Example]:
 
 
 def _fetched() -> bytes:
-    """The archive: in THINKER_DATA, else in the cache, else downloaded there."""
+    """The archive: in THINKER_DATA, else in the cache, else downloaded; it isn't kept, its recordings are."""
     places = [cache_folder() / "sets" / FSDD_FILE]
     if folder := os.environ.get("THINKER_DATA"):
         places.insert(0, expand_home(folder) / FSDD_FILE)

@@ -1,6 +1,6 @@
 """Arrays kept on disk: named by what they were made from, there whole or not at all, memory-mapped when read.
 
-What is kept, and when it is made again, is the business of `shards.py` (text) and `chats.py` (conversations).
+What is kept, and when it is made again, is the business of `shards.py` (text) and `chat_shards.py` (conversations).
 """
 
 from __future__ import annotations

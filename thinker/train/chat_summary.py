@@ -69,6 +69,7 @@ def summarise_chats(run: Run, rows: list[dict[str, Any]], console: Console, wall
     )
     return {
         "steps": run.step,
+        "published_step": run.published_step,
         "tokens": run.tokens,
         "epochs": run.batches.epochs(run.step),
         "training_seconds": run.seconds,

@@ -103,6 +103,11 @@ class Run:
         return means_in_place(self.optimizers)
 
     @property
+    def published_step(self) -> int:
+        """The step whose parameters others see at the end: the best one, where held-out loss steers."""
+        return self.step if self.best is None else self.best.step
+
+    @property
     def looked_at_this_step(self) -> bool:
         """Whether held-out loss has just been measured."""
         return self.looked is not None and self.looked[0] == self.step

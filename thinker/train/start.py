@@ -28,7 +28,7 @@ from ..tokenizer import Tokenizer
 from .allocator import keep_freed_memory
 from .config import TrainConfig
 from .cooccurrence import begin_from_neighbours
-from .decide import Decisions, choose_device, decide
+from .decide import Decisions, choose_device, decide, versions
 from .ingredients import batches_of, corpus_of, ingredients, satisfies
 from .memory import checkpoint_activations
 from .optim import Inheritance, build_optimizers, restore_optimizers
@@ -39,7 +39,7 @@ from .senses import Trained
 # What may be changed when a run goes on: its length, where its text now lies, and what is shown and kept, nothing that
 # steers its steps.
 FREE_ON_RESUME = {
-    *("out", "resume", "steps", "minutes", "early_stop", "data", "text"),
+    *("out", "steps", "minutes", "early_stop", "data", "text"),
     *("validate_every", "save_every", "keep", "prompt", "tensorboard"),
 }
 
@@ -182,6 +182,9 @@ def resume(wanted: ThinkerConfig, settings: TrainConfig, given: set[str], say: S
         seeing = SensesConfig.from_mapping(state["senses"], str(newest))
     corpus = corpus_of(settings, config, tokenizer, publication, say, seeing)
     decisions = Decisions.from_json(state["decisions"])
+    began = decisions.versions
+    if other := [f"{name} {now}, not {began.get(name)}" for name, now in versions().items() if now != began.get(name)]:
+        say(f"here steps may round differently than where the run began: {', '.join(other)}")
     torch.set_num_threads(decisions.threads)
     model = ThinkerLM(config)
     load_parameters(model, saved.parameters)

@@ -58,6 +58,7 @@ def summarise(run: Run, rows: list[dict[str, Any]], console: Console, wall_secon
     )
     return {
         "steps": run.step,
+        "published_step": run.published_step,
         "tokens": run.tokens,
         "epochs": run.batches.epochs(run.step),
         "training_seconds": run.seconds,
@@ -97,12 +98,13 @@ def draw(run: Run, rows: list[dict[str, Any]], bits_per_byte: float, xz: float |
     """The loss curve beside the checkpoint."""
     picture = run.folder / "loss.png"
     steps = [row for row in rows if "loss" in row]
-    looks = [(row["step"], row["held_out_bits_per_byte"]) for row in rows if "held_out_bits_per_byte" in row]
+    looks = {row["step"]: row["held_out_bits_per_byte"] for row in rows if "held_out_bits_per_byte" in row}
+    looks[run.published_step] = bits_per_byte  # of all held-out text, in place of the look at a part of it
     loss_curve(
         picture,
         [row["step"] for row in steps],
         [row["loss"] for row in steps],
-        [*looks, (run.step, bits_per_byte)],
+        sorted(looks.items()),
         yardstick=xz,
     )
     return picture
