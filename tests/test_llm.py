@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -33,8 +34,8 @@ def folder_of(path: Path, name: str = "gqa", tokenizer: Tokenizer | None = TOKEN
     parameters = {key: value.detach().numpy() for key, value in model.named_parameters()}
     ids = {"bos_id": 1, "eos_ids": (2,), "pad_id": 0, "add_bos": True} if tokenizer is not None else {}
     template = DEFAULT_TEMPLATE if tokenizer is not None else None
-    json = tokenizer.to_json() if tokenizer is not None else None
-    write_view(path, 1, config, parameters, Publication(**ids, chat_template=template), json)
+    vocabulary = tokenizer.to_json() if tokenizer is not None else None
+    write_view(path, 1, config, parameters, Publication(**ids, chat_template=template), vocabulary)
     return path
 
 
@@ -245,6 +246,19 @@ def test_a_tokenizer_or_template_that_is_broken_is_named(tmp_path):
     (folder / "chat_template.jinja").write_text("{% for x %}")
     with pytest.raises(ValueError, match=rf"^{re.escape(str(folder))}: the chat template is not valid Jinja: line 1"):
         load(folder).chat([{"role": "user", "content": "x"}])
+
+
+def test_a_tokenizer_that_leaves_text_out_is_told(tmp_path):
+    """Catches a prompt of which the model reads less than was written, or nothing, without a word."""
+    folder, notices = folder_of(tmp_path), []
+    values = json.loads((folder / "tokenizer.json").read_text())
+    assert values["model"]["vocab"].pop("æ")  # of 日
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    llm = load(folder, backend="torch", notice=notices.append)
+    assert llm.generate(["a 日", "a"], max_new_tokens=1)
+    assert notices == [f"{folder}: 1 of UTF-8's 243 bytes have no token: characters with them are left out"]
+    with pytest.raises(ValueError, match="no tokens for '日'"):
+        llm.evaluate(["a 日"])
 
 
 def test_a_conversation_that_fills_the_context_is_refused_with_both_numbers(llm):

@@ -338,3 +338,31 @@ def test_a_vocabulary_without_every_byte_is_refused_for_training() -> None:
     backend.decoder = decoders.ByteLevel()
     with pytest.raises(ValueError, match="2 of the 256 bytes"):
         Tokenizer.from_json(backend.to_str(), complete=True)
+
+
+def test_what_has_no_token_is_not_left_out_of_a_corpus() -> None:
+    """Catches bits per byte of a text of which the model never saw most, and what was trained on less than was given.
+
+    Without `initial_alphabet` the library's trainer knows only the bytes that it met.
+    """
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(["the quick brown fox, é"], trainers.BpeTrainer(vocab_size=40, show_progress=False))
+    tokenizer = Tokenizer.from_json(backend.to_str())
+    assert len(tokenizer.encode_batch(["the fox é"])[0])
+    assert not tokenizer.missing_bytes & set("the fox é".encode())
+    with pytest.raises(ValueError, match="no tokens for '日': leave it out"):
+        tokenizer.encode_batch(["the fox", "the 日本"])
+    assert tokenizer.encode("日本") == []  # a prompt is read as it would be elsewhere, and `load` says so
+    assert not sentencepiece().missing_bytes
+    assert not Tokenizer.from_json(foreign().to_str()).missing_bytes
+
+
+def test_merges_are_not_left_out_by_chance() -> None:
+    """Catches BPE's dropout, which some keep in the file: the same text, and other tokens every time."""
+    values = json.loads(foreign().to_str())
+    values["model"]["dropout"] = 0.5
+    tokenizer = Tokenizer.from_json(json.dumps(values))
+    assert tokenizer.encode(SAMPLE[0] * 9) == Tokenizer.from_json(foreign().to_str()).encode(SAMPLE[0] * 9)
+    assert json.loads(tokenizer.to_json())["model"]["dropout"] is None

@@ -149,9 +149,13 @@ class LLM:
         if self.files.tokenizer_json is None:
             raise ValueError(f"{self.files.path}: has no tokenizer.json, without which texts can't be read or written")
         try:
-            return Tokenizer.from_json(self.files.tokenizer_json)
+            tokenizer = Tokenizer.from_json(self.files.tokenizer_json)
         except ValueError as error:
             raise ValueError(f"{self.files.path}: its tokenizer can't be used: {error}") from None
+        if missing := len(tokenizer.missing_bytes):
+            lost = f"{missing} of UTF-8's 243 bytes have no token: characters with them are left out"
+            self._notice(f"{self.files.path}: {lost}")
+        return tokenizer
 
     @functools.cached_property
     def model(self) -> ThinkerLM:

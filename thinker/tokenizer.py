@@ -51,10 +51,14 @@ def _byte_characters() -> Iterator[str]:
 
 _CHARACTER_OF_BYTE = tuple(_byte_characters())
 _BYTE_OF_CHARACTER = {character: byte for byte, character in enumerate(_CHARACTER_OF_BYTE)}
+_BYTES_OF_UTF8 = frozenset(range(256)) - {0xC0, 0xC1, *range(0xF5, 0x100)}
 
 
 class Tokenizer:
-    """A vocabulary with ids 0 to `vocab_size` - 1. Made by `train`, `from_json` and `from_file`."""
+    """A vocabulary with ids 0 to `vocab_size` - 1. Made by `train`, `from_json` and `from_file`.
+
+    `missing_bytes` are those that texts may hold and no token stands for, in some tokenizers from elsewhere.
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         backend.encode_special_tokens = True  # not part of the JSON, so it is set here for every tokenizer
@@ -67,6 +71,9 @@ class Tokenizer:
                 f"a {type(backend.model).__name__} vocabulary that does not cover every byte is not supported: "
                 "use a byte-level BPE tokenizer"
             )
+        backend.model.dropout = None  # of its training: with it a text has other tokens each time
+        names = _CHARACTER_OF_BYTE if self._byte_level else [f"<0x{byte:02X}>" for byte in range(256)]
+        self.missing_bytes = frozenset(byte for byte in _BYTES_OF_UTF8 if backend.token_to_id(names[byte]) is None)
         # SentencePiece's convention puts a space before the text and takes it away again.
         space = backend.token_to_id("▁")
         self._drops_first_space = not self._byte_level and space is not None and backend.decode([space, space]) == " "
@@ -166,7 +173,10 @@ class Tokenizer:
     # Using it
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
-        """The ids of a text, none of them a control id; `bos` puts that one in front, if the vocabulary has one."""
+        """The ids of a text, none of them a control id; `bos` puts that one in front, if the vocabulary has one.
+
+        What has no token is left out, as by other programs: see `missing_bytes`.
+        """
         try:
             ids = self._backend.encode(text, add_special_tokens=False).ids
         except TypeError:
@@ -174,11 +184,18 @@ class Tokenizer:
         return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text, uint32, on all cores."""
+        """The ids of each text, uint32, on all cores.
+
+        Raises `ValueError` for what has no token: to learn from, and to be measured by, is the whole text or none.
+        """
         try:
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except TypeError:
             raise ValueError(_NOT_UNICODE) from None
+        for text in texts if self.missing_bytes else ():
+            if not self.missing_bytes.isdisjoint(text.encode()):
+                lost = next(c for c in text if not self.missing_bytes.isdisjoint(c.encode()))
+                raise ValueError(f"the tokenizer has no tokens for {lost!r}: leave it out, or take another tokenizer")
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
