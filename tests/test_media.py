@@ -18,7 +18,8 @@ from PIL import Image
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as torch_file
 
-from thinker.modality.media import Medium, attachment, medium_of, positions
+from thinker.modality.media import IMAGE_SUFFIXES, Medium, attachment, medium_of, positions
+from thinker.modality.pictures import FORMATS
 from thinker.modality.settings import NotInstalled, SensesConfig
 from thinker.modality.sounds import log_mel, mel_filters
 
@@ -112,6 +113,7 @@ def test_pictures_that_are_refused_with_their_name(tmp_path):
     (tmp_path / "huge.png").write_bytes(bomb(60_000, 60_000))  # Pillow itself refuses to open this one
     (tmp_path / "cut.png").write_bytes(bomb(100, 100))
     (tmp_path / "text.png").write_text("no picture")
+    Image.new("L", (4, 4)).save(tmp_path / "program.png", format="EPS")  # PostScript, which Ghostscript would run
     (tmp_path / "empty.png").write_bytes(b"")
     Image.fromarray(np.array([[0.5, np.inf], [np.nan, 0.1]], np.float32)).save(tmp_path / "endless.tif")
     frames = [Image.new("L", (4, 4), shade) for shade in (0, 100, 200)]
@@ -120,7 +122,8 @@ def test_pictures_that_are_refused_with_their_name(tmp_path):
         "large.png": "10000 × 10000 is 100,000,000 pixels, more than the 50,000,000",
         "huge.png": "more than the 50,000,000 pixels",
         "cut.png": "is damaged",
-        "text.png": "is no picture",
+        "text.png": "is no picture that can be read (PNG, ",
+        "program.png": "is no picture that can be read (PNG, ",
         "empty.png": "the file is empty",
         "endless.tif": "holds NaN or infinity",
         "moving.gif": "is animated, 3 frames",
@@ -132,6 +135,12 @@ def test_pictures_that_are_refused_with_their_name(tmp_path):
         assert reason in str(caught.value), name
         assert (tmp_path / name).name in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_endings_and_formats_of_pictures_agree():
+    """Catches an ending that is taken for a picture's and never opened, and a format that no ending leads to."""
+    extensions = Image.registered_extensions()
+    assert {extensions[suffix] for suffix in IMAGE_SUFFIXES} == set(FORMATS)
 
 
 @pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "PCM_U8", "FLOAT", "DOUBLE"])

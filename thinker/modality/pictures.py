@@ -14,6 +14,8 @@ import numpy as np
 
 from .settings import NotInstalled, PictureConfig
 
+# Not all that Pillow knows: for PostScript, whatever a file's name, it starts Ghostscript. JPEG brings MPO.
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 MOST_PIXELS = 50_000_000  # of the file's picture: a decompression bomb has more
 
 
@@ -29,7 +31,7 @@ def read_picture(file: BinaryIO, name: str, config: PictureConfig) -> np.ndarray
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own bound warns, ours refuses
-            picture: Image.Image = Image.open(file)
+            picture: Image.Image = Image.open(file, formats=FORMATS)
             width, height = picture.size
             if width * height > MOST_PIXELS:
                 raise ValueError(
@@ -60,7 +62,8 @@ def read_picture(file: BinaryIO, name: str, config: PictureConfig) -> np.ndarray
 def _said(error: BaseException) -> str:
     """Pillow's reason on one line; a file that it doesn't know has an address in memory in its message."""
     text = " ".join(str(error).split())
-    return "is no picture that Pillow can read" if "cannot identify" in text or not text else f"is damaged ({text})"
+    unknown = "cannot identify" in text or not text
+    return f"is no picture that can be read ({', '.join(FORMATS)})" if unknown else f"is damaged ({text})"
 
 
 def _eight_bits(picture, name):  # type: ignore[no-untyped-def]
