@@ -164,6 +164,17 @@ def test_what_was_attached_waits_for_a_message_that_fits(tmp_path):
     assert contents(llm.asked[1][1:]) == ["r1", "more"]
 
 
+def test_what_is_attached_is_named_from_the_root_on(tmp_path, monkeypatch):
+    """Bug: a saved conversation's picture that is found from one folder only, or a link to itself ends the talk."""
+    monkeypatch.chdir(tmp_path)
+    Path("7.png").symlink_to("7.png")
+    llm = FakeLLM()
+    conversation = Conversation(llm, {"max_new_tokens": 8}, print)  # type: ignore[arg-type]
+    conversation.attach(Path("7.png"))
+    list(conversation.ask("what?"))
+    assert llm.asked[0][0]["content"][0] == {"type": "image", "image": str(tmp_path / "7.png")}
+
+
 def test_a_system_message_that_leaves_no_room_is_refused_at_once():
     """Bug: every message after it is refused, and told to be shorter."""
     conversation = Conversation(FakeLLM(ctx_len=20), {"max_new_tokens": 8}, lambda line: None, "be brief")  # type: ignore[arg-type]

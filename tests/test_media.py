@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import struct
 import sys
 import zlib
@@ -118,10 +119,14 @@ def test_pictures_that_are_refused_with_their_name(tmp_path):
     Image.fromarray(np.array([[0.5, np.inf], [np.nan, 0.1]], np.float32)).save(tmp_path / "endless.tif")
     frames = [Image.new("L", (4, 4), shade) for shade in (0, 100, 200)]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "pages.tif", save_all=True, append_images=frames[1:2])
+    before, width, after = (tmp_path / "pages.tif").read_bytes().rpartition(struct.pack("<HH", 256, 4))
+    (tmp_path / "pages.tif").write_bytes(before + b"\0" * len(width) + after)  # for which Pillow has a TypeError
     for name, reason in {
         "large.png": "10000 × 10000 is 100,000,000 pixels, more than the 50,000,000",
         "huge.png": "more than the 50,000,000 pixels",
         "cut.png": "is damaged",
+        "pages.tif": "is damaged (Missing dimensions)",
         "text.png": "is no picture that can be read (PNG, ",
         "program.png": "is no picture that can be read (PNG, ",
         "empty.png": "the file is empty",
@@ -198,12 +203,14 @@ def test_sounds_that_are_refused_with_their_name(tmp_path):
     (tmp_path / "text.wav").write_text("no sound at all")
     whole = (tmp_path / "long.wav").read_bytes()
     (tmp_path / "header.wav").write_bytes(whole[:20])
+    (tmp_path / "bare.raw").write_bytes(whole[44:])
     for name, reason in {
         "nothing.wav": "a length of zero",
         "long.wav": "lasts 3.0 s, longer than max_seconds 2",
         "odd.wav": "NaN",
         "text.wav": "can't be read as a sound",
         "header.wav": "header.wav",
+        "bare.raw": "can't be read as a sound (samplerate",
         "missing.wav": "No such file",
     }.items():
         with pytest.raises(ValueError) as caught:
@@ -271,6 +278,8 @@ def test_features_from_elsewhere(tmp_path):
         about = {"descr": "<f8", "fortran_order": False, "shape": (10**12, 3)}
         np.lib.format.write_array_header_1_0(file, about)
     save_file({"features": values}, tmp_path / "two.safetensors")
+    half = json.dumps({"features": {"dtype": "F4", "shape": [2, 4], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "half.safetensors").write_bytes(struct.pack("<Q", len(half)) + half + bytes(4))
     for dtype in (torch.bfloat16, torch.float8_e4m3fn):
         torch_file({"features": torch.from_numpy(values).to(dtype)}, tmp_path / f"{dtype}.safetensors")
 
@@ -291,6 +300,7 @@ def test_features_from_elsewhere(tmp_path):
         "archive.npy": "can't be read as .npy",
         "torn.npy": "can't be read as .npy",
         "lying.npy": "can't be read as .npy",
+        "half.safetensors": "can't be read as safetensors",
         "x.png": "thinker encode",
     }.items():
         with pytest.raises(ValueError, match=reason):

@@ -52,7 +52,7 @@ class Conversation:
         """Have a picture or a sound go with the next message. Raises `ValueError` for one that can't be used."""
         from ..modality.media import attachment
 
-        part = attachment(expand_home(file).resolve())  # so that a saved conversation finds it from anywhere
+        part = attachment(expand_home(file).absolute())  # so that a saved conversation finds it from anywhere
         self._llm.prompt_length([{"role": "user", "content": [part]}])
         self._attached.append(part)
 

@@ -148,17 +148,15 @@ def _read_features(path: Path, name: str) -> np.ndarray:
             return np.lib.format.open_memmap(path, mode="r")
         except Exception as error:  # numpy takes the header for Python, and a damaged one may raise whatever it likes
             raise ValueError(f"{name}: can't be read as .npy ({error})") from None
-    from safetensors import SafetensorError
     from safetensors.torch import load_file  # numpy alone knows no bfloat16
 
     try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
+        tensors = [tensor.float() if tensor.is_floating_point() else tensor for tensor in load_file(path).values()]
+    except Exception as error:  # likewise; and torch can't convert every type that a file may have
         raise ValueError(f"{name}: can't be read as safetensors ({error})") from None
     if len(tensors) != 1:
         raise ValueError(f"{name}: holds {len(tensors)} tensors: give one, n × width")
-    tensor = next(iter(tensors.values()))
-    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    return tensors[0].numpy()
 
 
 def medium_of(part: Part, folder: Path | None = None) -> Medium:

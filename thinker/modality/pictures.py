@@ -50,11 +50,11 @@ def read_picture(file: BinaryIO, name: str, config: PictureConfig) -> np.ndarray
                 picture = Image.alpha_composite(ground, picture)
             picture = picture.convert("L" if config.channels == 1 else "RGB")
             picture = picture.resize((config.size, config.size), Image.Resampling.BILINEAR)
-    except ValueError as error:
-        raise error if str(error).startswith(name) else ValueError(f"{name}: {_said(error)}") from None
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name}: has more than the {MOST_PIXELS:,} pixels that are decoded ({error})") from None
-    except (OSError, SyntaxError, EOFError) as error:
+    except Exception as error:  # for a damaged file a decoder may raise whatever it likes
+        if isinstance(error, ValueError) and str(error).startswith(name):
+            raise
         raise ValueError(f"{name}: {_said(error)}") from None
     return np.asarray(picture, np.uint8).reshape(config.size, config.size, config.channels)
 

@@ -44,8 +44,11 @@ def read_samples(file: BinaryIO, name: str, config: SoundConfig) -> tuple[np.nda
                 raise ValueError(f"{name}: {sound.samplerate} samples per second, expected 1,000 to 400,000")
             samples = sound.read(dtype="float32", always_2d=True)
             rate = int(sound.samplerate)
-    except soundfile.LibsndfileError as error:
-        raise ValueError(f"{name}: can't be read as a sound ({' '.join(str(error.error_string).split())})") from None
+    except Exception as error:  # of a damaged file, or one without a header, it may raise whatever it likes
+        if isinstance(error, ValueError) and str(error).startswith(name):
+            raise
+        said = error.error_string if isinstance(error, soundfile.LibsndfileError) else error
+        raise ValueError(f"{name}: can't be read as a sound ({' '.join(str(said).split())})") from None
     if len(samples) == 0:
         raise ValueError(f"{name}: has no samples, though its header says otherwise")
     mono = samples.mean(axis=1)
