@@ -439,6 +439,24 @@ def test_exact_answers_are_counted(folder, data, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["exact_match"][str(path)]["asked"] == 6
 
 
+def test_what_can_not_be_asked_is_named_and_the_rest_is_asked(folder, data, tmp_path, capsys):
+    """Bug: the answers of an hour are lost for one conversation that is too long, and nobody says which."""
+    rows = [row("only text", "t"), row("long " * 99, "t"), row([part("image", "gone.png")], "g"), row("more text", "t")]
+    rows.append({"messages": [{"role": "user", "content": "nobody replies"}]})
+    path, long = tmp_path / "some.jsonl", tmp_path / "long.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    long.write_text(json.dumps(rows[1]), encoding="utf-8")
+    command = [str(folder), "--chat", "--json", "--backend", "torch", "--data"]
+    assert eval.run(parse(eval.Options, "eval", [*command, str(path), str(long)])) == 0
+    said = capsys.readouterr()
+    assert {name: one["asked"] for name, one in json.loads(said.out)["exact_match"].items()} == {str(path): 2}
+    assert f"skipped 2 conversations longer than ctx_len 96: {path}, line 2; {long}, line 1\n" in said.err
+    assert f"skipped 1 conversation that can't be asked: {path}, line 3: {tmp_path}/gone.png: No such" in said.err
+    assert f"skipped 1 conversation without an assistant turn: {path}, line 5\n" in said.err
+    with pytest.raises(ValueError, match=r"long\.jsonl: no conversation is left to be asked: .* larger --ctx-len"):
+        eval.run(parse(eval.Options, "eval", [*command, str(long)]))
+
+
 def test_a_run_ends_with_what_its_corpus_held_out(data, tmp_path, monkeypatch):
     """Catches a run that fails at its end over text, dollar signs, or what was skipped; and figures of trained rows."""
     (tmp_path / "senses.json").write_text(json.dumps({"image": SENSES["image"]}), encoding="utf-8")

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..checkpoint.files import to_json
+from ..data.chats import Tally
 from ..data.progress import byte_bar
 from ..data.sources import open_evaluation
 from ..evaluate import Evaluation
@@ -66,17 +67,24 @@ def run_chats(options: Options) -> int:
     for name in ("stride", "batch", "compare"):
         if name in options.model_fields_set:
             raise ValueError(f"{name} is for texts: drop it with --chat")
-    asked = {name: conversations_of(name) for name in options.data}
+    tally = Tally()
+    asked = {name: conversations_of(name, tally) for name in options.data}
     llm = load(options.model, options.backend, options.dtype, options.ctx_len, notice=notice)
     report: dict[str, dict[str, Any]] = {}
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("asking", total=sum(map(len, asked.values())))
         for name, conversations in asked.items():
-            given = answers(llm, conversations, progress=lambda count: bar.advance(task, count))
+            given = answers(llm, conversations, progress=lambda count: bar.advance(task, count), tally=tally)
+            if not given:
+                continue
             kinds = by_question(given)
             report[name] = {"asked": len(given), "exact": share(given)}
             if 1 < len(kinds) <= QUESTIONS_SHOWN:
                 report[name]["by_question"] = {words: share(some) for words, some in kinds.items()}
+    for line in tally.lines():
+        notice(line)
+    if not report:
+        raise ValueError(f"{', '.join(asked)}: no conversation is left to be asked: give others, or a larger --ctx-len")
     if options.as_json:
         print(to_json({"model": str(llm.files.path), "exact_match": report}))
         return 0
