@@ -370,10 +370,10 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def test_on_a_terminal_chat_survives_what_goes_wrong(folder, tmp_path):
-    """Catches a session that is lost to a message that is too long, and prompts among the replies of a terminal."""
+    """Catches a session lost to a message that is too long or no UTF-8, and prompts among a terminal's replies."""
     script = (
-        "from thinker.commands.chat import Options, run\n"
-        f"raise SystemExit(run(Options(model={str(folder)!r}, backend='torch', max_new_tokens=2)))\n"
+        "from thinker.commands import main\n"
+        f"main(['chat', {str(folder)!r}, '--backend', 'torch', '--max-new-tokens', '2'])\n"
     )
     master, terminal = pty.openpty()
     session = subprocess.Popen(
@@ -395,7 +395,7 @@ def test_on_a_terminal_chat_survives_what_goes_wrong(folder, tmp_path):
 
     ear = threading.Thread(target=listen)
     ear.start()
-    os.write(master, b"x" * 200 + b"\n" + b"a \\\nand b\n/system hm\n/rset\n")
+    os.write(master, b"x" * 200 + b"\n" + b"\xff\na \\\nand b\n/system hm\n/rset\n")
     wait_for(lambda: b"/rset is no command" in b"".join(said))
     session.send_signal(signal.SIGINT)  # while nothing is written
     wait_for(lambda: b"".join(said).count(b"/reset begins anew") == 2)
@@ -406,7 +406,8 @@ def test_on_a_terminal_chat_survives_what_goes_wrong(folder, tmp_path):
     shown = b"".join(said).decode(errors="replace")
     assert status == 0
     assert "leaves no room" in shown
+    assert "bytes that are no UTF-8" in shown
     assert shown.count("/reset begins anew") == 2
     assert "from here on the model is told so" in shown
     assert "Traceback" not in shown
-    assert "and b" in (tmp_path / "chat-history").read_text()
+    assert "and b" in (tmp_path / "chat-history").read_text(errors="replace")

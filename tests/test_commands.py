@@ -254,6 +254,25 @@ def test_eval_s_mistakes_are_one_line_and_status_2(shell, tmp_path, arguments, m
     assert err.count("\n") == 1
 
 
+def test_texts_are_utf8_whatever_the_locale(folder, monkeypatch, capfd):
+    """Catches a text that a terminal of another encoding ends, and bytes of it that are taken for other letters."""
+
+    def run(command: str, *arguments: str, given: bytes = b"") -> tuple[int, bytes, str]:
+        said = io.BytesIO()
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given), encoding="cp1252"))
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(said, encoding="cp1252"))
+        with pytest.raises(SystemExit) as ending:
+            main([command, str(folder), *arguments, "--max-new-tokens", "1", "--backend", "torch"])
+        return ending.value.code, said.getvalue(), capfd.readouterr().err
+
+    status, out, err = run("generate", "日本", "--echo")
+    assert (status, out[:6], err) == (0, "日本".encode(), "")
+    assert run("chat", given="日本".encode())[0] == 0  # of which cp1252 lacks a byte
+    status, _, err = run("chat", given=b"a \xff\n")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "the text holds bytes that are no UTF-8" in err
+
+
 def test_closed_and_full_streams_are_no_traceback(folder):
     """Catches a service without stderr that can't speak, and a traceback where the disk is full."""
 

@@ -35,7 +35,10 @@ _SYNONYMS = {
     END: ("<|im_end|>", "<|eot_id|>", "<end_of_turn>"),
 }
 
-_NOT_UNICODE = "the text holds half a surrogate pair (U+D800 to U+DFFF), which is no character: remove it"
+_NOT_UNICODE = (
+    "the text holds bytes that are no UTF-8, or half a surrogate pair (U+D800 to U+DFFF), which is no character: "
+    "remove them"
+)
 
 
 def _byte_characters() -> Iterator[str]:

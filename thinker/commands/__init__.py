@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     spin_briefly()
     open_what_is_closed()
+    speak_utf8()
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE + "\n`thinker COMMAND --help` tells more.")
         sys.exit(0 if arguments else 2)
@@ -85,6 +86,20 @@ def open_what_is_closed() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+
+
+def speak_utf8() -> None:
+    """Texts come and go as UTF-8, whatever the locale; bytes that are none are told of where a text is read.
+
+    Until then, and in names of files, each is half a surrogate pair, and goes out as the byte that it was.
+    """
+    for stream, errors in (
+        (sys.stdin, "surrogateescape"),
+        (sys.stdout, "surrogateescape"),
+        (sys.stderr, "backslashreplace"),
+    ):
+        if isinstance(stream, io.TextIOWrapper):  # whoever calls `main` may have put something else in its place
+            stream.reconfigure(encoding="utf-8", errors=errors)
 
 
 def abandon_stdout() -> None:
