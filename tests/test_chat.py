@@ -336,6 +336,19 @@ def test_a_template_that_is_no_jinja_is_refused_when_it_is_opened():
         ChatFormat(OURS, "x\n{% for %}")
 
 
+@pytest.mark.parametrize(
+    ("template", "error"),
+    [
+        ("{% for m in messages %}" * 25 + "{% endfor %}" * 25, "SyntaxError: too many statically nested blocks"),
+        ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "RecursionError"),
+    ],
+)
+def test_a_template_that_python_can_not_have_is_refused_when_it_is_opened(template, error):
+    """Catches the traceback of a compiler that is asked for more than it takes."""
+    with pytest.raises(ValueError, match=f"the chat template can't be compiled: {error}"):
+        ChatFormat(OURS, template)
+
+
 def test_tojson_writes_plain_json():
     """Catches Jinja's own filter, which escapes < and > for web pages and so breaks what tools are told."""
     chat = ChatFormat(OURS, "{{ messages | tojson(indent=None) }}")

@@ -249,7 +249,10 @@ class _Namespace(jinja2.utils.Namespace):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, in which no short expression fills the memory: a product repeats nothing a million times."""
+    """Jinja's sandbox, in which a product repeats nothing a million times.
+
+    Nothing else is bounded but loops over numbers: padding, formats and texts that double can still fill the memory.
+    """
 
     intercepted_binops = frozenset({"*", "**"})
 
@@ -309,3 +312,5 @@ def _compile(template: str) -> jinja2.Template:
         return _environment().from_string(template)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from None
+    except Exception as error:  # Jinja makes Python of it, which has bounds of its own
+        raise ValueError(f"the chat template can't be compiled: {type(error).__name__}: {error}") from None
