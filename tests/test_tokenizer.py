@@ -321,6 +321,9 @@ def test_unusable_files(tmp_path) -> None:
     refuses("{}", "not a tokenizer")
     refuses(tokenizers.Tokenizer(models.WordPiece({"[UNK]": 0}, unk_token="[UNK]")).to_str(), "WordPiece vocabulary")
     whole = json.loads(foreign().to_str())
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        refuses(json.dumps(whole | {"model": whole["model"] | {key: "##"}}), f"BPE with {key} is not supported")
+    refuses("[", "not a tokenizer")
     ordinary = json.loads(foreign(special=["<|pad|>"]).to_str())
     ordinary["added_tokens"][0]["special"] = False
     refuses(json.dumps(ordinary), "<|pad|> is an ordinary token".replace("|", r"\|"))
@@ -354,6 +357,9 @@ def test_what_has_no_token_is_not_left_out_of_a_corpus() -> None:
     assert not tokenizer.missing_bytes & set("the fox é".encode())
     with pytest.raises(ValueError, match="no tokens for '日': leave it out"):
         tokenizer.encode_batch(["the fox", "the 日本"])
+    values = json.loads(backend.to_str())
+    values["model"]["unk_token"] = "<nowhere>"  # for which the library has an error of its own
+    assert Tokenizer.from_json(json.dumps(values)).encode("日本") == []
     assert tokenizer.encode("日本") == []  # a prompt is read as it would be elsewhere, and `load` says so
     assert not sentencepiece().missing_bytes
     assert not Tokenizer.from_json(foreign().to_str()).missing_bytes

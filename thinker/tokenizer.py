@@ -35,6 +35,8 @@ _SYNONYMS = {
     END: ("<|im_end|>", "<|eot_id|>", "<end_of_turn>"),
 }
 
+_AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")  # of words that were cut, in other kinds of BPE
+
 _NOT_UNICODE = (
     "the text holds bytes that are no UTF-8, or half a surrogate pair (U+D800 to U+DFFF), which is no character: "
     "remove them"
@@ -75,6 +77,9 @@ class Tokenizer:
                 "use a byte-level BPE tokenizer"
             )
         backend.model.dropout = None  # of its training: with it a text has other tokens each time
+        unknown = backend.model.unk_token
+        if unknown is not None and backend.model.token_to_id(unknown) is None:
+            backend.model.unk_token = None  # else the library fails at the first letter that it would stand for
         names = _CHARACTER_OF_BYTE if self._byte_level else [f"<0x{byte:02X}>" for byte in range(256)]
         self.missing_bytes = frozenset(byte for byte in _BYTES_OF_UTF8 if backend.token_to_id(names[byte]) is None)
         # SentencePiece's convention puts a space before the text and takes it away again.
@@ -138,11 +143,14 @@ class Tokenizer:
         `complete` appends the special tokens it lacks, for training on it; a model's own tokenizer is left as it is.
         """
         try:
-            tokenizer = cls(tokenizers.Tokenizer.from_str(text))
-        except ValueError:
-            raise
+            model = json.loads(text)["model"]
+            affixes = [key for key in _AFFIXES if model.get(key)] if model.get("type", "BPE") == "BPE" else []
+            backend = tokenizers.Tokenizer.from_str(text) if not affixes else None
         except Exception as error:  # the library raises nothing more precise
             raise ValueError(f"not a tokenizer.json ({error})") from None
+        if backend is None:  # the library would panic, which is no Exception
+            raise ValueError(f"BPE with {affixes[0]} is not supported: use a byte-level BPE tokenizer without")
+        tokenizer = cls(backend)
         return tokenizer._completed() if complete else tokenizer
 
     @classmethod
