@@ -168,3 +168,20 @@ def test_what_is_too_long_is_cut_on_the_left_and_counted(folder):
     assert isinstance(text, str)
     assert len(told) == 1, "there is room for all five tokens, bos included"
     assert harness.cut == 2
+
+
+def test_arguments_and_settings_reach_the_model(folder, monkeypatch):
+    """Bug: a misspelt dtype evaluates in another one, and samples are drawn in another way than the task says."""
+    from thinker.harness import ThinkerHarness
+
+    with pytest.raises(ValueError, match="dtpye: no such argument of a model"):
+        ThinkerHarness(str(folder), dtpye="int8")
+    harness, asked = ThinkerHarness(str(folder), batch_size=1, max_batch_size=None, device="cpu"), []
+    monkeypatch.setattr(harness.llm, "generate", lambda context, **options: asked.append(options) or "")
+    nucleus = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1}
+    settings = ({}, nucleus, {"do_sample": True, **nucleus}, {"do_sample": False, "temperature": 0.7})
+    harness.generate_until(requests_of("generate_until", *(("one", each) for each in settings)))
+    seen = [{name: options[name] for name in nucleus} for options in asked]
+    assert seen[0] == {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    assert seen[1] == seen[2] == nucleus
+    assert seen[3]["temperature"] == 0.0

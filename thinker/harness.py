@@ -29,10 +29,23 @@ class ThinkerHarness(LM):
     """Any model that Thinker opens. Requests longer than the context lose their beginning; a warning counts them.
 
     What is to be written gets all the room that there is behind its context, and at least half of `ctx_len`.
+    The harness gives every model a device and sizes of batches, on which nothing depends here; others are a
+    `ValueError`.
     """
 
-    def __init__(self, pretrained: str, backend: str = "auto", dtype: str | None = None, **_: Any) -> None:
+    def __init__(
+        self,
+        pretrained: str,
+        backend: str = "auto",
+        dtype: str | None = None,
+        batch_size: Any = None,
+        max_batch_size: Any = None,
+        device: Any = None,
+        **unknown: Any,
+    ) -> None:
         super().__init__()
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)}: no such argument of a model: there are pretrained, backend, dtype")
         self.llm = load(pretrained, backend, dtype, slots=1)  # type: ignore[arg-type]
         self.cut = 0
 
@@ -88,10 +101,14 @@ class ThinkerHarness(LM):
             self.cut += 1
             kept = max(room - self.llm.files.add_bos, 1)  # bos comes in front again
             context = self.llm.tokenizer.decode(ids[len(ids) - kept :])
+        temperature = float(settings.get("temperature", 0.0))
         return self.llm.generate(
             context,
             max_new_tokens=wanted,
-            temperature=float(settings.get("temperature", 0.0)) if settings.get("do_sample") else 0.0,
+            temperature=0.0 if settings.get("do_sample") is False else temperature,
+            top_k=int(settings.get("top_k", 0)),
+            top_p=float(settings.get("top_p", 1.0)),
+            min_p=float(settings.get("min_p", 0.0)),
             stop=[until] if isinstance(until, str) else [text for text in until if text],
         )
 
