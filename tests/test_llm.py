@@ -341,7 +341,7 @@ def test_dtypes_that_native_has_not_run_in_torch(folder):
 
 
 def test_where_native_cannot_auto_says_so_and_takes_torch(folder, monkeypatch):
-    """Catches a model that can't be run at all because the faster way fails here, and a silent change of way."""
+    """Catches a model that can't be run because the faster way fails here, a silent change, and an idle accelerator."""
 
     def refuse(*_):
         raise NativeUnavailable("no native kernels on this machine: no\nvectors")
@@ -352,6 +352,12 @@ def test_where_native_cannot_auto_says_so_and_takes_torch(folder, monkeypatch):
     assert isinstance(llm.decoder, TorchDecoder)
     assert llm.generate("a", max_new_tokens=2)
     assert notices == ["computing in torch: no native kernels on this machine: no vectors"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    devices, move = [], ThinkerLM.to
+    monkeypatch.setattr(ThinkerLM, "to", lambda model, device, *dtype: devices.append(device) or move(model, *dtype))
+    for backend in ("auto", "torch"):
+        _ = load(folder, backend=backend, notice=notices.append).decoder
+    assert devices == ["cuda", "cuda"]
     for options in ({"backend": "native"}, {"dtype": "int8"}):
         with pytest.raises(ValueError, match="no native kernels on this machine: no vectors"):
             _ = load(folder, **options).decoder

@@ -173,7 +173,7 @@ class LLM:
 
     @property
     def _in_torch(self) -> bool:
-        """Whether native kernels aren't even asked for."""
+        """Whether native kernels aren't asked for, or were in vain."""
         return self._backend == "torch" or (self._dtype is not None and self._dtype not in get_args(NativeType))
 
     @functools.cached_property
@@ -204,6 +204,7 @@ class LLM:
             if self._backend == "native" or self._dtype == "int8":
                 raise ValueError(f"{line}: use backend torch, in another type than int8") from error
             self._notice(f"computing in torch: {line}")
+            self._backend = "torch"  # from here on as if it had been chosen: on an accelerator, if there is one
             return None
         if not kept and not member.is_kept:
             self._notice(f"kernels can't be kept in {cache_folder()}, so every start compiles them: make room there")
