@@ -273,13 +273,6 @@ def test_the_end_of_a_turn_is_found_by_the_template():
     assert ChatFormat(OURS, "{% for message in messages %}{{ message.content }}{% endfor %}").end_id is None
 
 
-def test_a_reply_comes_back_as_the_message_it_was():
-    """Catches control tokens in what the assistant is taken to have said."""
-    chat = form("ours")
-    ids = [*OURS.encode("How are you?"), OURS.special_ids[END], *OURS.encode("x")]
-    assert chat.message(ids) == CONVERSATION[1]
-
-
 # Mistakes and malice
 
 

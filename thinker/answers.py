@@ -23,7 +23,6 @@ AT_ONCE = 64
 class Answer:
     """What was asked, what is right, and what the model said."""
 
-    where: str
     asked: tuple[Message, ...]
     right: str
     said: str
@@ -78,8 +77,8 @@ def answers(
         asked = [with_whole_paths(one) for one in some]
         said = llm.replies([messages[:-1] for messages in asked], max_new_tokens=max_new_tokens)
         given += [
-            Answer(one.where, messages[:-1], text_of(messages[-1]["content"]), reply)
-            for one, messages, reply in zip(some, asked, said, strict=True)
+            Answer(messages[:-1], text_of(messages[-1]["content"]), reply)
+            for messages, reply in zip(asked, said, strict=True)
         ]
         if progress is not None:
             progress(len(batch))

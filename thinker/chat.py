@@ -112,11 +112,6 @@ class ChatFormat:
         rest = self._encode(text[done:], marks)
         return ids + rest, mask + [False] * len(rest)
 
-    def message(self, ids: Sequence[int]) -> Message:
-        """What the assistant said, as the message to go on with: ids up to the first control id."""
-        said = itertools.takewhile(lambda id: id not in self.tokenizer.control_ids, ids)
-        return {"role": "assistant", "content": self.tokenizer.decode(said)}
-
     @functools.cached_property
     def end_id(self) -> int | None:
         """The control token with which this template ends the assistant's turn, where it has one."""

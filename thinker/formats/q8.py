@@ -32,11 +32,6 @@ class Q8Tensor:
         """The shape of the values."""
         return self.quants.shape
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of quants and scales."""
-        return self.quants.nbytes + self.scales.nbytes
-
     def __getitem__(self, index: Any) -> Q8Tensor:
         """Part of it; the index must leave the last axis, which holds the blocks, whole."""
         return Q8Tensor(self.quants[index], self.scales[index])
