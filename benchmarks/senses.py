@@ -22,7 +22,7 @@ from typing import Any
 
 import thinker
 from thinker import commands, load
-from thinker.answers import answers, by_question, conversations_of, share, with_whole_paths
+from thinker.answers import answers, by_question, conversations_of, share
 from thinker.commands import train
 from thinker.data.chats import Conversation
 from thinker.data.digits import QUESTIONS, SPEAKERS, answer_to
@@ -89,7 +89,7 @@ def alone(llm: Any, conversations: Sequence[Conversation]) -> Values:
     What is left is what one modality alone is worth. Beside it the most that knowing one digit allows, and none.
     """
     found: Values = {}
-    rows = [with_whole_paths(one) for one in conversations]
+    rows = [one.with_whole_paths for one in conversations]
     for kind, name in (("image", "other_picture"), ("audio", "other_sound")):
         swapped = []
         for number, messages in enumerate(rows):

@@ -21,7 +21,7 @@ from thinker.chat import DEFAULT_TEMPLATE, ChatFormat
 from thinker.checkpoint.publish import Publication
 from thinker.config import ThinkerConfig
 from thinker.data.chat_shards import ChatCorpus, prepare_chats
-from thinker.data.chats import Skipped, listed, open_chats
+from thinker.data.chats import Conversation, Skipped, listed, open_chats
 from thinker.data.packing import Chats, PackedBatches, PackedRows, pack
 from thinker.data.questions import first_sentence
 from thinker.formats import open_model
@@ -527,3 +527,12 @@ def test_a_model_without_tokens_for_turns_gets_them():
     assert len(grown["tok_emb.weight"]) == tokenizer.vocab_size
     assert tokenizer.encode("What is it?") == plain.encode("What is it?")
     assert ChatFormat(tokenizer).end_id == tokenizer.special_ids[END]
+
+
+def test_messages_hold_whole_paths_when_they_leave_their_file(tmp_path):
+    """Bug: a picture is looked for where the command was started, or a text or a data URI becomes a path."""
+    parts = [{"type": "image", "url": "a.png"}, {"type": "text", "text": "?"}, {"type": "image", "image": "data:,x"}]
+    messages = ({"role": "user", "content": parts}, {"role": "assistant", "content": "yes"})
+    conversation = Conversation("f.jsonl, line 1", messages, tmp_path)
+    picture = {"type": "image", "image": str(tmp_path / "a.png")}
+    assert conversation.with_whole_paths == ({"role": "user", "content": [picture, *parts[1:]]}, messages[1])

@@ -74,7 +74,7 @@ def answers(
     for start in range(0, len(conversations), AT_ONCE):
         batch = conversations[start : start + AT_ONCE]
         some = batch if tally is None else [one for one in batch if askable(llm, one, tally)]
-        asked = [with_whole_paths(one) for one in some]
+        asked = [one.with_whole_paths for one in some]
         said = llm.replies([messages[:-1] for messages in asked], max_new_tokens=max_new_tokens)
         given += [
             Answer(messages[:-1], text_of(messages[-1]["content"]), reply)
@@ -88,7 +88,7 @@ def answers(
 def askable(llm: LLM, conversation: Conversation, tally: Tally) -> bool:
     """Whether a model can be asked for the last reply; if not, the tally is told why."""
     try:
-        length = llm.prompt_length(with_whole_paths(conversation)[:-1])
+        length = llm.prompt_length(conversation.with_whole_paths[:-1])
     except NotInstalled:  # of which none of them is to blame
         raise
     except ValueError as error:
@@ -98,25 +98,6 @@ def askable(llm: LLM, conversation: Conversation, tally: Tally) -> bool:
         tally.add(Skipped(conversation.where, f"longer than ctx_len {llm.config.ctx_len}"))
         return False
     return True
-
-
-def with_whole_paths(conversation: Conversation) -> tuple[Message, ...]:
-    """The messages, with paths of pictures and sounds that don't depend on the file they stand in."""
-    media = iter(conversation.media)
-
-    def whole(message: Message) -> Message:
-        content = message["content"]
-        if isinstance(content, str):
-            return message
-        parts = []
-        for part in content:
-            medium = next(media) if part["type"] != "text" else None
-            parts.append(part if medium is None or medium.path is None else {
-                "type": medium.kind, medium.kind: str(medium.path)
-            })  # fmt: skip
-        return {**message, "content": parts}
-
-    return tuple(whole(message) for message in conversation.messages)
 
 
 def share(some: Iterable[Answer]) -> float:

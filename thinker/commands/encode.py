@@ -21,7 +21,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.progress import track
 
-from ..answers import with_whole_paths
 from ..data.chats import Skipped, counted, listed, open_chats
 from ..messages import parts_of
 from ..modality.media import Medium, check_features, medium_of
@@ -63,7 +62,7 @@ def run(options: Options) -> int:
     with unfinished.open("w", encoding="utf-8") as file:
         for one in track(conversations, "encoding", console=console, transient=True):
             try:
-                row = {"messages": [encoded(m, options, encode, names) for m in with_whole_paths(one)]}
+                row = {"messages": [encoded(m, options, encode, names) for m in one.with_whole_paths]}
             except NotInstalled:
                 raise
             except ValueError as error:

@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..messages import Message, check_messages, media_parts, text_of
+from ..messages import Message, Part, check_messages, media_parts, text_of
 from ..modality.media import Medium, medium_of
 from ..places import expand_home
 from .digits import DIGIT_SETS, DigitSet
@@ -68,6 +68,18 @@ class Conversation:
     def media(self) -> list[Medium]:
         """Its pictures and sounds in order. Raises `ValueError` for what can't be one."""
         return [medium_of(part, self.folder) for message in self.messages for part in media_parts(message["content"])]
+
+    @property
+    def with_whole_paths(self) -> tuple[Message, ...]:
+        """The messages, with paths of pictures and sounds that don't depend on the file they stand in."""
+
+        def whole(part: Part) -> Part:
+            path = medium_of(part, self.folder).path if part["type"] != "text" else None
+            return part if path is None else {"type": part["type"], part["type"]: str(path)}
+
+        contents = [message["content"] for message in self.messages]
+        wholes = [content if isinstance(content, str) else [whole(part) for part in content] for content in contents]
+        return tuple({**message, "content": content} for message, content in zip(self.messages, wholes, strict=True))
 
 
 @dataclass(frozen=True)
