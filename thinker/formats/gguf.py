@@ -1,4 +1,4 @@
-"""GGUF files of five architectures: the one table of names for both directions, and opening such a file.
+"""GGUF files of four architectures: the one table of names for both directions, and opening such a file.
 
 The container is in `gguf_file.py`, settings in `gguf_config.py`, the vocabulary in `gguf_tokenizer.py`, writing in
 `gguf_export.py`. Rows of q and k lie in another order where llama.cpp turns neighbouring dimensions instead of halves.

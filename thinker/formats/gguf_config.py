@@ -1,4 +1,4 @@
-"""The settings of GGUF's five architectures, both ways: metadata to `ThinkerConfig`, strictly, and back.
+"""The settings of GGUF's four architectures, both ways: metadata to `ThinkerConfig`, strictly, and back.
 
 llama.cpp has many settings and gets more, so whatever isn't known to change nothing is refused by name: better no model
 than a wrong one. Names of tensors are in `gguf.py`, the vocabulary in `gguf_tokenizer.py`.

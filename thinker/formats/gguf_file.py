@@ -2,7 +2,7 @@
 
 Every count, length, offset and size is checked against the file before it is believed, so that a truncated or tampered
 file gives one line and no allocation beyond its size. gguf-py decodes the blocks of quantised types; what the names
-mean, and writing, is in `gguf.py`.
+mean is in `gguf.py`, writing in `gguf_export.py`.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 

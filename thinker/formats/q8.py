@@ -1,7 +1,7 @@
 """Q8_0: blocks of 32 integers along the input and one float16 scale each, the numbers of llama.cpp's format.
 
 The one 8-bit arithmetic of the project: files of that type are taken as they are, and everything else is rounded here.
-What multiplies with it lives in `decode/native/`, the bytes of GGUF files in `gguf.py`.
+What multiplies with it lives in `decode/native/`, the bytes of GGUF files in `gguf_file.py` and `gguf_export.py`.
 """
 
 from __future__ import annotations
