@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -35,7 +36,8 @@ _SYNONYMS = {
     END: ("<|im_end|>", "<|eot_id|>", "<end_of_turn>"),
 }
 
-_AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")  # of words that were cut, in other kinds of BPE
+# Of words that were cut, in other kinds of BPE.
+_AFFIX = re.compile(r'"(continuing_subword_prefix|end_of_word_suffix)"\s*:\s*"[^"]')
 
 _NOT_UNICODE = (
     "the text holds bytes that are no UTF-8, or half a surrogate pair (U+D800 to U+DFFF), which is no character: "
@@ -142,14 +144,13 @@ class Tokenizer:
 
         `complete` appends the special tokens it lacks, for training on it; a model's own tokenizer is left as it is.
         """
+        # The library would panic, which is no Exception.
+        if (affix := _AFFIX.search(text)) is not None and '"WordPiece"' not in text:
+            raise ValueError(f"BPE with {affix[1]} is not supported: use a byte-level BPE tokenizer without")
         try:
-            model = json.loads(text)["model"]
-            affixes = [key for key in _AFFIXES if model.get(key)] if model.get("type", "BPE") == "BPE" else []
-            backend = tokenizers.Tokenizer.from_str(text) if not affixes else None
+            backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises nothing more precise
             raise ValueError(f"not a tokenizer.json ({error})") from None
-        if backend is None:  # the library would panic, which is no Exception
-            raise ValueError(f"BPE with {affixes[0]} is not supported: use a byte-level BPE tokenizer without")
         tokenizer = cls(backend)
         return tokenizer._completed() if complete else tokenizer
 
