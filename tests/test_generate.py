@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -359,6 +362,35 @@ def test_a_newer_text_takes_the_slots_and_the_older_one_says_so():
     assert results_of(engine, request(max_new_tokens=4))[0].text == "abca"
     with pytest.raises(ValueError, match="interrupted by a newer one"):
         list(older)
+
+
+def test_threads_that_share_an_engine_take_turns():
+    """Catches two threads that wait for each other inside of one decoder for ever, or write into each other's text."""
+    begun, together = threading.Event(), []
+
+    class Slow(Scripted):
+        busy = False
+
+        def logits(self, slot):
+            together.append(self.busy)
+            self.busy = True
+            begun.set()
+            time.sleep(0.01)  # the other thread comes here meanwhile, if nothing holds it
+            self.busy = False
+            return super().logits(slot)
+
+    engine = Engine(Slow("abc"), BYTES)
+
+    def overtaken():
+        with pytest.raises(ValueError, match="interrupted by a newer one"):
+            list(engine.run([request(max_new_tokens=90)]))
+
+    with ThreadPoolExecutor() as pool:
+        other = pool.submit(overtaken)
+        assert begun.wait(10)
+        assert results_of(engine, request(max_new_tokens=9))[0].text == "abcabcabc"
+        other.result()
+    assert not any(together)
 
 
 def test_an_interrupted_prompt_is_not_taken_for_the_one_before():

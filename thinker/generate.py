@@ -7,6 +7,7 @@ model and the friendly calls are `llm.py`'s, arithmetic is the decoder's.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -191,13 +192,17 @@ class _Running:
 
 
 class Engine:
-    """A decoder with its tokenizer. It knows what each slot holds, so that a conversation can go on from there."""
+    """A decoder with its tokenizer. It knows what each slot holds, so that a conversation can go on from there.
+
+    Threads may share it: they wait for each other's calls of the decoder, and a new run ends another thread's too.
+    """
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer) -> None:
         self.decoder, self.tokenizer = decoder, tokenizer
         self._draws = Draws(decoder.slots, decoder.config.vocab_size)
         self._held: list[list[int]] = [[] for _ in range(decoder.slots)]
         self._turn = 0
+        self._lock = threading.Lock()  # two calls at once would wait for each other inside of the decoder for ever
 
     def run(self, requests: Sequence[Request], reuse: bool = False) -> Iterator[Piece]:
         """Write all texts, as many at a time as there are slots; pieces come as they are ready.
@@ -208,33 +213,36 @@ class Engine:
         """
         for request in requests:
             request.room(self.decoder.config.ctx_len)
-        self._turn += 1
-        return self._pieces(requests, reuse, self._turn)
+        with self._lock:
+            self._turn += 1
+            return self._pieces(requests, reuse, self._turn)
 
     def lend(self) -> None:
         """Give the decoder to somebody else: unfinished texts raise `ValueError`, and what slots held is forgotten."""
-        self._turn += 1
-        self._held = [[] for _ in self._held]
+        with self._lock:
+            self._turn += 1
+            self._held = [[] for _ in self._held]
 
     def _pieces(self, requests: Sequence[Request], reuse: bool, turn: int) -> Iterator[Piece]:
         waiting = deque(enumerate(requests))
         running: dict[int, _Running] = {}
         burst = 1
         while waiting or running:
-            self._check_turn(turn)
-            if waiting and len(running) < self.decoder.slots:
-                place, request = waiting.popleft()
-                slot, one, id = self._begin(place, request, running, reuse)
-                running[slot] = one
-                drawn = {slot: [id]}
-            else:
-                began = time.perf_counter()
-                drawn = self._continue(running, burst)
-                seconds = time.perf_counter() - began
-                if seconds < BURST_SECONDS / 2:
-                    burst = min(2 * burst, LONGEST_BURST)
-                elif seconds > BURST_SECONDS:
-                    burst = max(burst // 2, 1)
+            with self._lock:
+                self._check_turn(turn)
+                if waiting and len(running) < self.decoder.slots:
+                    place, request = waiting.popleft()
+                    slot, one, id = self._begin(place, request, running, reuse)
+                    running[slot] = one
+                    drawn = {slot: [id]}
+                else:
+                    began = time.perf_counter()
+                    drawn = self._continue(running, burst)
+                    seconds = time.perf_counter() - began
+                    if seconds < BURST_SECONDS / 2:
+                        burst = min(2 * burst, LONGEST_BURST)
+                    elif seconds > BURST_SECONDS:
+                        burst = max(burst // 2, 1)
             for slot, ids in drawn.items():
                 piece = running[slot].push(ids)
                 if piece.result is not None:
