@@ -312,7 +312,7 @@ def test_the_penalty_counts_the_prompt_of_its_own_text():
 
 def test_a_conversation_goes_on_from_what_is_held():
     """Catches a prefix that is computed again, one that isn't equal and is kept, and a prompt without logits."""
-    decoder = Scripted("abc", slots=2)
+    decoder = Scripted("abc")
     engine = Engine(decoder, BYTES)
     (first,) = results_of(engine, request("hello ", max_new_tokens=5), reuse=True)
     assert first.text == "abcab"
@@ -325,6 +325,18 @@ def test_a_conversation_goes_on_from_what_is_held():
     assert (again.reused_tokens, BYTES.decode(decoder.prefilled[-1])) == (3, "p")
     (fresh,) = results_of(engine, request("help", max_new_tokens=1))
     assert (fresh.reused_tokens, BYTES.decode(decoder.prefilled[-1])) == (0, "help")
+
+
+def test_a_text_is_not_written_over_a_conversation_while_other_slots_are_free():
+    """Catches a conversation that is computed anew after every other text, and plain texts that use up all slots."""
+    decoder = Scripted("abc", slots=4)
+    engine = Engine(decoder, BYTES)
+    for turns in (1, 2, 3):
+        talks = [request(f"I'm {who}. " * turns, max_new_tokens=1) for who in ("Ada", "Bob")]
+        reused = [results_of(engine, talk, reuse=True)[0].reused_tokens for talk in talks]
+        results_of(engine, request("plain", max_new_tokens=1))
+        assert reused == [9 * (turns - 1)] * 2, "four tokens of Ada's first turn are Bob's too: not worth five"
+    assert [decoder.length(slot) for slot in range(4)] == [27, 27, 5, 0]
 
 
 def test_what_was_written_in_company_is_held_too():

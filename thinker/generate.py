@@ -201,6 +201,7 @@ class Engine:
         self.decoder, self.tokenizer = decoder, tokenizer
         self._draws = Draws(decoder.slots, decoder.config.vocab_size)
         self._held: list[list[int]] = [[] for _ in range(decoder.slots)]
+        self._lasting = [False] * decoder.slots  # whether what is held may be gone on from, as conversations are
         self._turn = 0
         self._lock = threading.Lock()  # two calls at once would wait for each other inside of the decoder for ever
 
@@ -261,10 +262,16 @@ class Engine:
         began = time.perf_counter()
         free = [slot for slot in range(self.decoder.slots) if slot not in running]
         shared = {slot: self._shared(slot, request) if reuse else 0 for slot in free}
-        slot = max(free, key=lambda slot: shared[slot])
+
+        def gain(slot: int) -> int:
+            """Tokens that needn't be computed, less those that a conversation loses."""
+            return shared[slot] - self._lasting[slot] * (len(self._held[slot]) - shared[slot])
+
+        slot = max(free, key=gain)  # of equals the first, as memory is taken when a slot is first used
         reused = shared[slot]
         self.decoder.truncate(slot, reused)
         del self._held[slot][reused:]  # so that an interrupted prompt isn't taken for the one before
+        self._lasting[slot] = reuse
         if request.embeddings is None:
             logits = self.decoder.prefill(slot, request.tokens[reused:])
             self._held[slot] = list(request.tokens)
