@@ -280,6 +280,28 @@ def test_slots_are_filled_again_as_soon_as_they_are_free():
     assert order == [1, 2, 3, 0]
 
 
+def test_a_text_s_seconds_are_those_of_its_own_calls(monkeypatch):
+    """Catches a speed that sinks when whoever reads the text pauses, or when others' prompts are computed between."""
+    now = [0.0]
+    monkeypatch.setattr("thinker.generate.time.perf_counter", lambda: now[0])
+
+    class Clocked(Scripted):
+        def prefill(self, slot, tokens=None, embeddings=None, *, every=False):
+            now[0] += 16
+            return super().prefill(slot, tokens)
+
+        def step(self, slots, tokens):
+            now[0] += 0.25
+            return super().step(slots, tokens)
+
+    speeds = {}
+    for piece in Engine(Clocked("abc", slots=2), BYTES).run([request(max_new_tokens=n) for n in (21, 5, 9)]):
+        now[0] += 64
+        if piece.result is not None:
+            speeds[piece.place] = piece.result.prefill_seconds, piece.result.tokens_per_second
+    assert speeds == dict.fromkeys(range(3), (16, 4))
+
+
 def test_seed_and_number_tell_texts_apart_and_nothing_else_does():
     """Catches a generator that goes on from the last text, and eight equal answers to the same prompt."""
 

@@ -87,7 +87,8 @@ class Generation:
     """A finished text. `tokens` are all that were drawn for it, the eos included.
 
     `finish_reason` is eos, stop (a stop string), or length; with length, `context_full` tells whether it was the
-    context that ended. Of the prompt's tokens `reused_tokens` were in memory already.
+    context that ended. Of the prompt's tokens `reused_tokens` were in memory already. Seconds are those of the
+    decoder's calls for this text, not what passes between them.
     """
 
     text: str
@@ -161,7 +162,7 @@ class _Running:
     continuation: Continuation
     reused: int
     prefill_seconds: float
-    began: float
+    decode_seconds: float = 0.0
     said: list[str] = field(default_factory=list)
 
     def push(self, ids: Sequence[int]) -> Piece:
@@ -187,7 +188,7 @@ class _Running:
             prompt_tokens=self.request.length,
             reused_tokens=self.reused,
             prefill_seconds=self.prefill_seconds,
-            decode_seconds=time.perf_counter() - self.began,
+            decode_seconds=self.decode_seconds,
         )
 
 
@@ -240,6 +241,8 @@ class Engine:
                     began = time.perf_counter()
                     drawn = self._continue(running, burst)
                     seconds = time.perf_counter() - began
+                    for one in running.values():
+                        one.decode_seconds += seconds
                     if seconds < BURST_SECONDS / 2:
                         burst = min(2 * burst, LONGEST_BURST)
                     elif seconds > BURST_SECONDS:
@@ -281,8 +284,7 @@ class Engine:
         self._draws.begin(slot, request.sampling, request.number, request.written)
         first = int(self._draws.draw([slot], logits[None])[0])
         continuation = Continuation(request, self.tokenizer, request.room(self.decoder.config.ctx_len))
-        now = time.perf_counter()
-        return slot, _Running(place, request, continuation, reused, now - began, now), first
+        return slot, _Running(place, request, continuation, reused, time.perf_counter() - began), first
 
     def _shared(self, slot: int, request: Request) -> int:
         """How many tokens of a slot a prompt can go on from; its last one is always computed, for its logits."""
