@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from itertools import product as product_of
 
@@ -261,6 +262,21 @@ def test_rows_that_blocks_do_not_fit_are_refused():
     config = small("dense", d_ff=40)
     with pytest.raises(ValueError, match=r"40|32"):
         open_native(files_of(model_of(config)), dtype="int8", threads=1)
+
+
+def test_tensors_are_read_once():
+    """Bug: a mixture's experts are put together from their files once for each of them, and loading takes minutes."""
+    read = Counter()
+
+    class Counted(dict):
+        def __getitem__(self, name):
+            read[name] += 1
+            return super().__getitem__(name)
+
+    config = small("moe", layer_scale=0.1)
+    files = files_of(model_of(config))
+    open_native(Files(config, Counted(files.tensors)), threads=1)
+    assert read == dict.fromkeys(files.tensors, 1)
 
 
 def test_nothing_reads_past_what_was_written():

@@ -66,11 +66,9 @@ class Packed(Panels):
         every = 2 if config.use_swiglu else 1
         if config.use_moe:
             experts = f"{block}.moe.experts"
-            for expert in range(config.num_experts):
-                self.pack(up + expert * s["step_up"], f"{experts}.gate_proj", index=expert, every=2)
-                self.pack(up + expert * s["step_up"], f"{experts}.up_proj", index=expert, every=2, first=1)
-                start = down + expert * s["step_down"]
-                self.pack(start, f"{experts}.down_proj", index=expert, factor=f"{block}.scale2")
+            self.pack(up, f"{experts}.gate_proj", step=s["step_up"], every=2)
+            self.pack(up, f"{experts}.up_proj", step=s["step_up"], every=2, first=1)
+            self.pack(down, f"{experts}.down_proj", step=s["step_down"], factor=f"{block}.scale2")
             return
         if config.use_swiglu:
             self.pack(up, f"{block}.mlp.gate_proj.weight", every=2)
@@ -99,38 +97,42 @@ class Packed(Panels):
         at: int,
         name: str,
         *,
-        index: int | None = None,
+        step: int = 0,
         parts: int = 1,
         every: int = 1,
         first: int = 0,
         beside: int = PANEL,
         factor: str = "",
     ) -> None:
-        """Panels of the matrix `name` (N, k), or of its `index`-th of a stack, from `at` on, of so many rows `beside`.
+        """Panels of the matrix `name` (N, k) from `at` on, of so many rows `beside`; of a stack (E, N, k) `step` apart.
 
         Its rows may form `parts` that are padded one by one. `every` 2 leaves every second panel to another matrix,
         beginning with panel `first`. `factor` names a vector that scales the outputs, if there is one of that name.
         """
-        matrix = self.tensors[name] if index is None else self.tensors[name][index]
-        if factor in self.tensors:
-            matrix = as_floats(matrix) * as_floats(self.tensors[factor])[:, None]
-        rows, k = matrix.shape[0] // parts, matrix.shape[1]
-        count = -(-rows // beside)
-        if not self.quantised:
-            layers = [(self.weights, as_floats(matrix), 1, 1)]
-        else:
-            if k % BLOCK:
-                raise ValueError(f"{name} has {k} inputs, and INT8 has blocks of {BLOCK}: use dtype float32")
-            quants, scales = as_q8(matrix)
-            # Bytes without a sign, as `rows.to_int16` explains.
-            layers = [(self.weights, quants ^ np.int8(-128), 1, GROUP), (self.scales, scales.view(np.int16), BLOCK, 1)]
-        for target, source, block, group in layers:
-            depth, start = k // block, at // block
-            size = count * every * depth * beside
-            for part in range(parts):
-                place = target[start + part * size : start + (part + 1) * size]
-                place = place.reshape(count, every, depth // group, beside, group)
-                to_panels(place[:, first], source[part * rows : (part + 1) * rows])
+        tensor = self.tensors[name]  # once, since files may put a stack together each time that it is asked for
+        k = tensor.shape[-1]
+        if self.quantised and k % BLOCK:
+            raise ValueError(f"{name} has {k} inputs, and INT8 has blocks of {BLOCK}: use dtype float32")
+        scale = as_floats(self.tensors[factor])[:, None] if factor in self.tensors else None
+        for index, matrix in enumerate([tensor] if len(tensor.shape) == 2 else tensor):
+            if scale is not None:
+                matrix = as_floats(matrix) * scale
+            if not self.quantised:
+                layers = [(self.weights, as_floats(matrix), 1, 1)]
+            else:
+                quants, scales = as_q8(matrix)
+                # Bytes without a sign, as `rows.to_int16` explains.
+                signless = quants ^ np.int8(-128)
+                layers = [(self.weights, signless, 1, GROUP), (self.scales, scales.view(np.int16), BLOCK, 1)]
+            rows = matrix.shape[0] // parts
+            count = -(-rows // beside)
+            for target, source, block, group in layers:
+                depth, start = k // block, (at + index * step) // block
+                size = count * every * depth * beside
+                for part in range(parts):
+                    place = target[start + part * size : start + (part + 1) * size]
+                    place = place.reshape(count, every, depth // group, beside, group)
+                    to_panels(place[:, first], source[part * rows : (part + 1) * rows])
 
 
 def round_weights(wide: Panels, size: int) -> Panels | None:
