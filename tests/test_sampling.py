@@ -150,6 +150,13 @@ def test_a_draw_depends_on_seed_request_and_index_alone():
     assert others[0] != others[1] != others[2] != others[0]
 
 
+@pytest.mark.parametrize("slots", [[2], [-1], [1, 0, 2]])
+def test_slots_that_there_are_not_are_refused(slots):
+    """Bug: what was drawn for a slot outside of the table is written into memory that is another's."""
+    with pytest.raises(ValueError, match=r"slots are .*: choose among 0 to 1"):
+        Draws(2, V).draw(slots, np.zeros((len(slots), V), np.float32))
+
+
 def test_the_penalty_counts_the_prompt_unless_told_otherwise():
     """Bug: the option is ignored, or what was generated isn't counted either."""
     logits = np.zeros(V, np.float32)

@@ -6,6 +6,7 @@ import torch
 from conftest import small
 
 from thinker.decode.torch_decoder import TorchDecoder
+from thinker.sampling import Draws
 
 # Decoders answer in float32. Of a float64 model that is the only rounding: one unit in the last place.
 ROUNDING = {"rtol": 2.4e-7, "atol": 1e-9}
@@ -118,6 +119,8 @@ def test_memory_is_taken_when_a_slot_is_first_used_and_what_others_hold_stays(bu
         (lambda d: d.step([0, 1], [1]), "2 slots and 1 tokens"),
         (lambda d: d.step([0, 0], [1, 1]), "repeat one"),
         (lambda d: d.step([1, 0], [1, -1]), "token id -1"),
+        (lambda d: d.run([0], [1], Draws(1, 61)), "draws are for 1 slots and 61 tokens, the decoder has 2 and 61"),
+        (lambda d: d.run([0], [1], Draws(2, 60)), "draws are for 2 slots and 60 tokens, the decoder has 2 and 61"),
         (lambda d: d.truncate(0, 6), "slot 0 holds 5 tokens and can't be cut to 6"),
         (lambda d: d.truncate(1, -1), "slot 1 holds 0 tokens and can't be cut to -1"),
         (lambda d: TorchDecoder(d.model, slots=0), "slots is 0"),

@@ -94,6 +94,8 @@ class Draws:
     def draw(self, slots: ArrayLike, logits: np.ndarray) -> np.ndarray:
         """The next token of each slot for float32 logits (n, V): int64 (n,). Raises `ValueError` if none is finite."""
         slots = np.ascontiguousarray(slots, np.int64)
+        if slots.size and not 0 <= slots.min() <= slots.max() < len(self.settings):
+            raise ValueError(f"slots are {slots.min()} to {slots.max()}: choose among 0 to {len(self.settings) - 1}")
         logits = np.require(logits, np.float32, ["C"])
         if logits.shape != (slots.size, self.seen.shape[1]):
             raise ValueError(f"logits have shape {logits.shape}: expected {(slots.size, self.seen.shape[1])}")

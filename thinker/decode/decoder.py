@@ -79,6 +79,7 @@ class Decoder(ABC):
         """
         chosen = check_slots(self.slots, np.asarray(slots))
         check_count(self.config, max(self.length(int(slot)) for slot in chosen), count)
+        check_draws(self.config, self.slots, draws)
         drawn: list[np.ndarray] = []
         while len(drawn) < count and not (drawn and any(id in stop for id in drawn[-1].tolist())):
             tokens = draws.draw(chosen, self.step(chosen, tokens))
@@ -99,6 +100,15 @@ def check_room(config: ThinkerConfig, held: int, new: int) -> None:
         raise ValueError(
             f"{held} + {new} tokens exceed ctx_len {config.ctx_len}: shorten the prompt, ask for fewer new tokens, "
             "or load the model with a larger ctx_len"
+        )
+
+
+def check_draws(config: ThinkerConfig, slots: int, draws: Draws) -> None:
+    """Raise `ValueError` for draws of fewer slots or another vocabulary."""
+    if draws.seen.shape[0] < slots or draws.seen.shape[1] != config.vocab_size:
+        raise ValueError(
+            f"draws are for {draws.seen.shape[0]} slots and {draws.seen.shape[1]} tokens, the decoder has {slots} and "
+            f"{config.vocab_size}: make them of its size"
         )
 
 

@@ -17,7 +17,16 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ...sampling import Draws, check_drawn
-from ..decoder import Decoder, Weights, check_count, check_embeddings, check_room, check_slots, check_tokens
+from ..decoder import (
+    Decoder,
+    Weights,
+    check_count,
+    check_draws,
+    check_embeddings,
+    check_room,
+    check_slots,
+    check_tokens,
+)
 from .crew import Crew
 from .drafts import Drafts
 from .layout import FLOAT16, FLOAT32, QUERIES, ROWS, lay_out, sparse
@@ -148,7 +157,7 @@ class NativeDecoder(Decoder):
     ) -> np.ndarray:
         """In few compiled calls, between which Ctrl-C is heard: Python between two tokens would cost a step's 4 %."""
         chosen, last = self._check(slots, tokens, count)
-        self._check_draws(draws)
+        check_draws(self.config, self.slots, draws)
         n, left, ends = len(chosen), count, np.array(list(stop), np.int64)
         drafts = self._drafts if n == 1 else None
         drawn = []
@@ -203,14 +212,6 @@ class NativeDecoder(Decoder):
         if count < 1 or held + count > self.config.ctx_len:
             check_count(self.config, held, count)
         return chosen, ids
-
-    def _check_draws(self, draws: Draws) -> None:
-        """Raise `ValueError` for a table of another size."""
-        if draws.seen.shape[0] < self.slots or draws.seen.shape[1] != self.config.vocab_size:
-            raise ValueError(
-                f"draws are for {draws.seen.shape[0]} slots and {draws.seen.shape[1]} tokens, the decoder has "
-                f"{self.slots} and {self.config.vocab_size}"
-            )
 
     def _place(self, slots: list[int], tokens: list[int]) -> None:
         """The next token of each slot, into the rows."""
