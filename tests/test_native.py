@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 import subprocess
 import sys
@@ -22,7 +24,7 @@ from thinker.compiled import processor
 from thinker.decode.decoder import Decoder
 from thinker.decode.native import ahead, open_native, product, rows, shares
 from thinker.decode.native.elementwise import to_float16
-from thinker.decode.native.layout import JOB, PANEL, PIECE, PIECES, QUERIES, SHAPE
+from thinker.decode.native.layout import JOB, PANEL, PIECE, PIECES, QUERIES, SHAPE, SHORT, sparse
 from thinker.decode.native.pace import LEAST, MOST, Pace
 from thinker.decode.torch_decoder import TorchDecoder
 from thinker.formats.q8 import Q8Tensor
@@ -277,6 +279,19 @@ def test_tensors_are_read_once():
     files = files_of(model_of(config))
     open_native(Files(config, Counted(files.tensors)), threads=1)
     assert read == dict.fromkeys(files.tensors, 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="advice about memory is Linux's")
+def test_a_kernel_without_huge_pages_is_no_hindrance(monkeypatch):
+    """Bug: no model can be opened where Linux was built without huge pages."""
+
+    class Unadvised(mmap.mmap):
+        def madvise(self, *advice):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr("thinker.decode.native.layout.mmap.mmap", Unadvised)
+    for piece in (1, SHORT):
+        assert not sparse(100, np.float32, piece).any()
 
 
 def test_nothing_reads_past_what_was_written():

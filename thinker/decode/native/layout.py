@@ -9,6 +9,7 @@ tensors get there is `packing.py`'s business.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import sys
 from dataclasses import dataclass
@@ -85,7 +86,8 @@ def sparse(size: int, dtype: Any, piece: int) -> np.ndarray:
     if sys.platform != "linux":
         return np.frombuffer(mmap.mmap(-1, size * width), dtype)
     memory = mmap.mmap(-1, size * width, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a forked child writes into its own
-    memory.madvise(mmap.MADV_HUGEPAGE if piece * width <= SHORT else mmap.MADV_NOHUGEPAGE)
+    with contextlib.suppress(OSError):  # a kernel without huge pages takes no advice about them
+        memory.madvise(mmap.MADV_HUGEPAGE if piece * width <= SHORT else mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(memory, dtype)
 
 
