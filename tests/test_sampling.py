@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from thinker.sampling import Draws, Sampling
+from thinker import sampling, sampling_kernels
+from thinker.decode.native.kernels import member
+from thinker.sampling import Draws, Sampling, draw_rows
 from thinker.sampling_kernels import ONE, kth_largest, mass_before, mass_from, share_of
 
 V = 40
@@ -155,6 +158,12 @@ def test_slots_that_there_are_not_are_refused(slots):
     """Bug: what was drawn for a slot outside of the table is written into memory that is another's."""
     with pytest.raises(ValueError, match=r"slots are .*: choose among 0 to 1"):
         Draws(2, V).draw(slots, np.zeros((len(slots), V), np.float32))
+
+
+@pytest.mark.parametrize("kernel", [draw_rows, member])
+def test_a_kernel_is_made_anew_when_the_tables_change(kernel):
+    """Bug: columns change places here, and the kernel that is kept on disk takes one setting for another."""
+    assert {Path(sampling.__file__), Path(sampling_kernels.__file__)} <= set(kernel.sources)
 
 
 def test_the_penalty_counts_the_prompt_unless_told_otherwise():

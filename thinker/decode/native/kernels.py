@@ -10,7 +10,7 @@ from pathlib import Path
 from ...compiled.library import Kernel
 from ...sampling import KERNELS
 
-SOURCES = [KERNELS, *Path(__file__).parent.glob("*.py")]
+SOURCES = [*KERNELS, *Path(__file__).parent.glob("*.py")]
 member = Kernel("thinker.decode.native.member", "member", 3, SOURCES)
 product = Kernel("thinker.decode.native.product", "product", 16, SOURCES)
 round_panels = Kernel("thinker.decode.native.rounding", "round_panels", 5, SOURCES)
