@@ -95,6 +95,14 @@ def floor(name: str) -> int:
     return next(number for number, rooms in enumerate(FLOORS) if room(name) in rooms)
 
 
+@pytest.mark.parametrize("folder", ["compiled", "decode/native"])
+def test_a_folder_s_first_lines_name_every_file_in_it(folder: str) -> None:
+    """Catches a plan of the rooms that leaves out the newer ones."""
+    plan = (PACKAGE / folder / "__init__.py").read_text()
+    files = {path.name for path in (PACKAGE / folder).glob("*.py")} - {"__init__.py"}
+    assert files <= set(re.findall(r"`(\w+\.py)`", plan))
+
+
 def test_public_names() -> None:
     """Catches a public name that was lost, misspelt, or shown to type checkers only."""
     assert {"ThinkerConfig", "ThinkerLM", "load"} <= set(thinker.__all__)

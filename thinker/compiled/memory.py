@@ -1,4 +1,4 @@
-"""Looking at memory from compiled code: parts of flat arrays, and records, by address; and calling code by address.
+"""Looking at memory from compiled code: parts of flat arrays, and records, by address.
 
 Kernels are given addresses, since every array that is passed on its own costs a call time and the compiler work.
 Whoever gives them keeps the arrays alive and as large as they need to be.

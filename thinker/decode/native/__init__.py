@@ -1,9 +1,11 @@
 """Decoding with kernels that Numba compiles for this processor: no torch, and no compiler to install.
 
 `decoder.py` is the door; `forward.py` the network with its two halves `attention.py` and `mlp.py`; `product.py` the one
-matrix product and `rows.py` what is done to single rows; `layout.py`, `packing.py` and `model.py` the memory; `crew.py`
-and `team.py` the threads, `member.py` what they run and `turns.py` what a job is; `drafts.py` how a text alone is
-written several tokens at a time.
+matrix product, `elementwise.py` and `rows.py` what is done to single rows; `layout.py`, `packing.py` and `model.py` the
+memory, `ahead.py` what of it is fetched early; `crew.py` and `team.py` the threads, `pace.py` how many, `member.py`
+what they run, `turns.py` what a job is, `shares.py` whose part is which, `meetings.py` where they wait for each other;
+`drafts.py` how a text alone is written several tokens at a time, with weights from `rounding.py`; `kernels.py` what is
+compiled of all that.
 """
 
 from __future__ import annotations

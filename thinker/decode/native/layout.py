@@ -1,8 +1,8 @@
 """Where everything lies: a model's sizes, and the places of its weights, caches and work space in a few flat arrays.
 
-The kernels read one record, `SHAPE`, which holds counts, addresses (of arrays that `decoder.py` keeps alive) and places
-(in elements from such an address). Heads, hidden layers and the vocabulary are padded to whole panels. How
-tensors get there is `packing.py`'s business.
+The kernels read one record, `SHAPE`, which holds counts, addresses (of arrays that a `Model` keeps alive) and places
+(in elements from such an address). Heads, hidden layers and the vocabulary are padded to whole panels. How tensors
+get there is `packing.py`'s business.
 """
 
 # D d_model, H query heads, G key/value heads, F d_ff, E experts, K experts per token
@@ -39,7 +39,7 @@ FLOAT32, Q8, FLOAT16 = range(3)  # what the panels of a product are made of
 ACTIVATIONS = ("silu", "gelu", "relu", "relu2")
 
 _COUNTS = """layers d_model d_ff heads groups width vocab experts chosen gated mixture qk_norm kind cached
-    tokens_kind beside activation ctx_len capacity abreast ahead head_panels ff_panels model_panels vocab_panels
+    tokens_kind beside activation capacity abreast ahead head_panels ff_panels model_panels vocab_panels
     head_width ff_width vocab_width"""
 _ADDRESSES = "product weights scales floats vectors keys values x q y hidden logits own plan slots places tokens sync"
 _PLACES = """at_layers step_layer at_out at_up step_up at_down step_down at_embedding at_head
@@ -142,7 +142,6 @@ def lay_out(config: ThinkerConfig, quantised: bool, threads: int, cached: int) -
         "tokens_kind": Q8 if quantised else FLOAT32,
         "beside": PANEL if config.tie_embeddings else 1,
         "activation": ACTIVATIONS.index(config.activation_name),
-        "ctx_len": config.ctx_len,
         "capacity": panels(config.ctx_len) * PANEL,
         "abreast": CHUNK,
     }

@@ -1,6 +1,6 @@
 """A model as the kernels read it: its record, the arrays that the record leads to, and the job that is to be done.
 
-Who decides what the job is, and keeps the caches, is `decoder.py`'s business; which array lies where is `layout.py`'s.
+What the job is to be is `decoder.py`'s business; which array lies where is `layout.py`'s.
 """
 
 # D d_model, V vocab_size
