@@ -473,6 +473,12 @@ def test_a_trace_shows_what_the_networks_own_shows(config):
     np.testing.assert_allclose(ours.norms, theirs.norms[:, 0].numpy(), rtol=1e-5)
 
 
+def test_a_trace_that_does_not_fit_is_refused_before_it_takes_memory():
+    """Bug: a long text ends with what numpy says about terabytes, instead of with the model's own length."""
+    with pytest.raises(ValueError, match=r"0 \+ 200000 tokens exceed ctx_len 48"):
+        open_native(files_of(model_of(small("dense"))), threads=1).trace([1] * 200_000)
+
+
 PROGRAM = """
 import os, sys
 sys.path.insert(0, {tests!r})

@@ -182,6 +182,7 @@ class NativeDecoder(Decoder):
         if self.length(slot):
             raise ValueError(f"slot {slot} holds {self.length(slot)} tokens: a trace needs an empty one")
         config, count = self.config, len(check_tokens(self.config, tokens))
+        check_room(config, 0, count)  # before memory is taken that grows with its square
         K = config.num_experts_per_tok if config.use_moe else 0
         attention = np.zeros((config.n_layers, config.n_heads, count, count), np.float32)
         experts = np.zeros((config.n_layers, count, K), np.int64)
