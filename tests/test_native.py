@@ -326,6 +326,29 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
     assert (decoder.length(0), decoder.length(1)) == (config.ctx_len, 0)
 
 
+@pytest.mark.parametrize("open_decoder", [lambda model: open_native(files_of(model), 2, threads=1), TorchDecoder])
+@pytest.mark.parametrize(
+    ("slots", "tokens", "message"),
+    [
+        ([0], [1.9], "tokens are float64: give integer ids"),
+        ([0], [True], "tokens are bool"),
+        ([0], ["a"], "tokens are <U1"),
+        ([0.5], [1], "slots are float64: give whole numbers"),
+        ([False], [1], "slots are bool"),
+        (0, 1, r"slots have shape \(\)"),
+        ([], [], r"slots have shape \(0,\)"),
+        ([0], [[1]], r"tokens have shape \(1, 1\)"),
+        ([0], [1, 2], "1 slots and 2 tokens"),
+    ],
+)
+def test_every_decoder_refuses_the_same(open_decoder, slots, tokens, message):
+    """Bug: 1.9 is taken for token 1 by one decoder, and ends with a TypeError from its depths in another place."""
+    decoder = open_decoder(model_of(small("dense")))
+    with pytest.raises(ValueError, match=message):
+        decoder.step(slots, tokens)
+    assert decoder.length(0) == 0
+
+
 def test_slots_come_and_go():
     """Bug: a slot that is used again sees what its former text left behind."""
     config = small("dense")

@@ -10,7 +10,7 @@ This room checks what a caller hands in and composes steps with draws; the arith
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -77,7 +77,7 @@ class Decoder(ABC):
         Returns the ids drawn, int64 (n, k): k is `count`, or less where a slot drew a stop id, with which all end. The
         last ones are drawn but not yet appended. Raises `ValueError` as `step` does, and beyond `ctx_len`.
         """
-        chosen = check_slots(self.slots, np.asarray(slots))
+        chosen = check_slots(self.slots, slots)
         check_count(self.config, max(self.length(int(slot)) for slot in chosen), count)
         check_draws(self.config, self.slots, draws)
         drawn: list[np.ndarray] = []
@@ -112,18 +112,44 @@ def check_draws(config: ThinkerConfig, slots: int, draws: Draws) -> None:
         )
 
 
-def check_slots(slots: int, chosen: Sequence[int] | np.ndarray) -> np.ndarray:
+def check_prompt(
+    config: ThinkerConfig, held: int, tokens: ArrayLike | None, embeddings: np.ndarray | None
+) -> np.ndarray:
+    """Ids as int64 (T,), or embeddings as float32 (T, D); `ValueError` unless one of both is given, right, and fits."""
+    if tokens is not None and embeddings is None:
+        given = check_tokens(config, tokens)
+    elif embeddings is not None and tokens is None:
+        given = check_embeddings(config, embeddings)
+    else:
+        raise ValueError(f"exactly one of tokens and embeddings is needed, got {'none' if tokens is None else 'both'}")
+    check_room(config, held, len(given))
+    return given
+
+
+def check_step(
+    config: ThinkerConfig, slots: int, chosen: ArrayLike, tokens: ArrayLike
+) -> tuple[np.ndarray, np.ndarray]:
+    """Slots and ids as int64 (n,) each; `ValueError` if one of them is wrong, or there isn't one token a slot."""
+    array, ids = check_slots(slots, chosen), check_tokens(config, tokens)
+    if len(array) != len(ids):
+        raise ValueError(f"{len(array)} slots and {len(ids)} tokens: give one token a slot")
+    return array, ids
+
+
+def check_slots(slots: int, chosen: ArrayLike) -> np.ndarray:
     """Slot numbers as int64 (n,); `ValueError` if one repeats or is none of the `slots` there are."""
-    array = np.asarray(chosen, np.int64)
+    array = np.asarray(chosen)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"slots have shape {array.shape}: give a sequence of at least one slot number")
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"slots are {array.dtype}: give whole numbers")
     if array.min() < 0 or array.max() >= slots:
         raise ValueError(
             f"slot {int(array.max() if array.max() >= slots else array.min())} is not one of 0 to {slots - 1}"
         )
     if len(set(array.tolist())) < array.size:
         raise ValueError(f"slots {array.tolist()} repeat one: a slot takes one token a step")
-    return array
+    return array.astype(np.int64)
 
 
 def check_tokens(config: ThinkerConfig, tokens: ArrayLike) -> np.ndarray:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..cache import KVCache
 from ..model import ThinkerLM
-from .decoder import Decoder, check_embeddings, check_room, check_slots, check_tokens
+from .decoder import Decoder, check_prompt, check_room, check_slots, check_step
 from .fixed_step import FixedStep
 
 
@@ -60,27 +60,15 @@ class TorchDecoder(Decoder):
         every: bool = False,
     ) -> np.ndarray:
         """One forward over all T tokens or embeddings (T, D): logits (V,), or (T, V) with `every`."""
-        if (tokens is None) == (embeddings is None):
-            raise ValueError(
-                f"exactly one of tokens and embeddings is needed, got {'none' if tokens is None else 'both'}"
-            )
+        given = torch.tensor(check_prompt(self.config, self.length(slot), tokens, embeddings))[None]
         weight = self.model.tok_emb.weight
-        ids = vectors = None
-        if tokens is not None:
-            ids = torch.from_numpy(check_tokens(self.config, tokens))[None].to(weight.device)  # (1, T)
-        if embeddings is not None:
-            vectors = torch.tensor(check_embeddings(self.config, embeddings))[None].to(weight)  # (1, T, D)
-        given = ids if ids is not None else vectors
-        assert given is not None
-        check_room(self.config, self.length(slot), given.shape[1])
+        ids, vectors = (given.to(weight.device), None) if embeddings is None else (None, given.to(weight))
         logits = self._forward(slot, slot + 1, ids, vectors, every)  # (1, T or 1, V)
         return logits[0] if every else logits[0, 0]
 
     def step(self, slots: ArrayLike, tokens: ArrayLike) -> np.ndarray:
         """One token to each of n slots: (n, V). Slots that stand side by side share a forward."""
-        chosen, ids = check_slots(self.slots, np.asarray(slots)), check_tokens(self.config, tokens)
-        if len(chosen) != len(ids):
-            raise ValueError(f"{len(chosen)} slots and {len(ids)} tokens: give one token a slot")
+        chosen, ids = check_step(self.config, self.slots, slots, tokens)
         for slot in chosen.tolist():
             check_room(self.config, self.length(slot), 1)
         if self.fixed:

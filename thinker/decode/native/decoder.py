@@ -17,16 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ...sampling import Draws, check_drawn
-from ..decoder import (
-    Decoder,
-    Weights,
-    check_count,
-    check_draws,
-    check_embeddings,
-    check_room,
-    check_slots,
-    check_tokens,
-)
+from ..decoder import Decoder, Weights, check_count, check_draws, check_prompt, check_slots, check_step
 from .crew import Crew
 from .drafts import Drafts
 from .layout import FLOAT16, FLOAT32, QUERIES, ROWS, lay_out, sparse
@@ -115,25 +106,19 @@ class NativeDecoder(Decoder):
         every: bool = False,
     ) -> np.ndarray:
         """Blocks of up to 64 of T tokens, or of embeddings (T, D): logits (V,), or (T, V) with `every`."""
-        if (tokens is None) == (embeddings is None):
-            raise ValueError(
-                f"exactly one of tokens and embeddings is needed, got {'none' if tokens is None else 'both'}"
-            )
-        given = check_tokens(self.config, tokens) if tokens is not None else None
-        vectors = check_embeddings(self.config, embeddings) if embeddings is not None else None
-        count = len(given) if given is not None else len(vectors)  # type: ignore[arg-type]
-        held = self.length(slot)
-        check_room(self.config, held, count)
+        held, embedded = self.length(slot), embeddings is not None
+        given = check_prompt(self.config, held, tokens, embeddings)
+        count = len(given)
         kept = np.empty((count if every else 1, self.config.vocab_size), np.float32)
         for start in range(0, count, ROWS):
             n = min(ROWS, count - start)
-            places, ids = np.arange(held + start, held + start + n), 0 if given is None else given[start : start + n]
-            self._crew.place(n, slot, places, ids)
-            if vectors is not None:
-                self._model.x[:n] = vectors[start : start + n]
+            places, rows = np.arange(held + start, held + start + n), given[start : start + n]
+            self._crew.place(n, slot, places, 0 if embedded else rows)
+            if embedded:
+                self._model.x[:n] = rows
             last = start + n == count
             # A job without the last row's logits would save nothing worth a special case.
-            first, embedded = 0 if every else n - 1, vectors is not None
+            first = 0 if every else n - 1
             self._crew.do(self._model, n, together=QUERIES, logits_from=first, embedded=embedded, paced=False)
             if every:
                 kept[start : start + n] = self._model.logits[:n, : self.config.vocab_size]
@@ -181,8 +166,8 @@ class NativeDecoder(Decoder):
         """Run T tokens in an empty slot and keep what a person wants to see; the slot is empty again afterwards."""
         if self.length(slot):
             raise ValueError(f"slot {slot} holds {self.length(slot)} tokens: a trace needs an empty one")
-        config, count = self.config, len(check_tokens(self.config, tokens))
-        check_room(config, 0, count)  # before memory is taken that grows with its square
+        config = self.config
+        count = len(check_prompt(config, 0, tokens, None))  # before memory is taken that grows with its square
         K = config.num_experts_per_tok if config.use_moe else 0
         attention = np.zeros((config.n_layers, config.n_heads, count, count), np.float32)
         experts = np.zeros((config.n_layers, count, K), np.int64)
@@ -200,15 +185,21 @@ class NativeDecoder(Decoder):
         return NativeTrace(logits, attention, experts, weights, norms)
 
     def _check(self, slots: ArrayLike, tokens: ArrayLike, count: int = 1) -> tuple[list[int], list[int]]:
-        """Slots, with one token each and room for `count`; plain Python, quicker than numpy for so few."""
-        chosen: list[int] = np.asarray(slots).tolist() if not isinstance(slots, list) else slots
-        ids: list[int] = np.asarray(tokens).tolist() if not isinstance(tokens, list) else tokens
-        if len(chosen) != len(ids):
-            raise ValueError(f"{len(chosen)} slots and {len(ids)} tokens: give one token a slot")
-        if len(set(chosen)) != len(chosen) or not chosen or min(chosen) < 0 or max(chosen) >= self.slots:
-            check_slots(self.slots, chosen)
-        if min(ids) < 0 or max(ids) >= self.config.vocab_size:
-            check_tokens(self.config, ids)
+        """Slots, with one token each and room for `count`; plain Python, quicker than numpy for so few.
+
+        Whatever isn't plainly right goes to the checks that say what is wrong.
+        """
+        if (
+            isinstance(slots, list)
+            and isinstance(tokens, list)
+            and set(map(type, slots + tokens)) == {int}
+            and len(slots) == len(tokens) == len(set(slots))
+            and 0 <= min(slots) <= max(slots) < self.slots
+            and 0 <= min(tokens) <= max(tokens) < self.config.vocab_size
+        ):
+            chosen, ids = slots, tokens
+        else:
+            chosen, ids = (array.tolist() for array in check_step(self.config, self.slots, slots, tokens))
         held = max(self._lengths[slot] for slot in chosen)
         if count < 1 or held + count > self.config.ctx_len:
             check_count(self.config, held, count)
