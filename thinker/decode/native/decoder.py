@@ -39,8 +39,8 @@ class NativeTrace:
 class NativeDecoder(Decoder):
     """A model of any supported architecture in float32 or INT8 with Q8_0's numbers, up to 64 slots, on this processor.
 
-    Beside INT8 weights activations are rounded to 16 bits in blocks of 32; keys and values are float16 there and else
-    float32: half as much to read, which many streams wait for.
+    Beside INT8 weights activations are rounded to 16 bits in blocks of 32; keys and values are float16 there, at most
+    65504 in size (what is larger becomes that), and else float32: half as much to read, which many streams wait for.
     `threads` None measures which number is fastest. A longer text that is written alone in float32 is drafted in INT8,
     which takes a quarter of the weights' memory more, unless `drafts` is false. Raises `ValueError` for what can't be
     had.
