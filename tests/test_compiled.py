@@ -1,6 +1,7 @@
 """Kernels on disk: compiled once, loaded without Numba, never run when damaged or out of date."""
 
 import errno
+import os
 import subprocess
 import sys
 import threading
@@ -140,3 +141,20 @@ def test_speaking_needs_no_numba_once_kernels_are_kept():
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_what_only_this_process_can_run_is_not_kept(tmp_path):
+    """Bug: a part that was called by itself brings in calls of Numba's runtime, of which the next process dies."""
+    program = (
+        "import numpy as np\n"
+        "from thinker.sampling import draw_rows\n"
+        "from thinker.sampling_kernels import kth_largest, pick\n"
+        "weights = np.arange(50, dtype=np.int32)\n"
+        "kth_largest(weights, np.int32(49), np.int64(5), weights.copy())\n"
+        "pick(weights, weights, np.int64(1), np.int64(50), np.uint64(5))\n"
+        "assert draw_rows.prepare()\n"
+        "print(draw_rows.is_kept)\n"
+    )
+    environment = os.environ | {"THINKER_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.stdout.split() == ["False"], done.stderr

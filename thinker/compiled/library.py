@@ -27,6 +27,7 @@ from ..places import cache_folder
 
 HERE = Path(__file__).parent
 COMPILERS = ("numba", "llvmlite")
+RUNTIME = b"NRT_"  # what the names of its functions begin with
 
 
 class Kernel:
@@ -79,8 +80,10 @@ class Kernel:
             return unpack(self._file.read_bytes())
         function = getattr(importlib.import_module(self.module), self.name)
         symbol, code = compile_kernel(function, self.arguments)
-        with contextlib.suppress(OSError):
-            keep(self._file, pack(symbol, code))
+        # Parts of it that somebody called by themselves before call Numba's runtime, which is in this process alone.
+        if RUNTIME not in code:
+            with contextlib.suppress(OSError):
+                keep(self._file, pack(symbol, code))
         return symbol, code
 
 
