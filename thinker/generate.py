@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -219,11 +220,13 @@ class Engine:
             self._turn += 1
             return self._pieces(requests, reuse, self._turn)
 
-    def lend(self) -> None:
-        """Give the decoder to somebody else: unfinished texts raise `ValueError`, and what slots held is forgotten."""
+    @contextmanager
+    def lend(self) -> Iterator[None]:
+        """Leave the decoder to somebody else: unfinished texts raise `ValueError`, and what slots held is forgotten."""
         with self._lock:
             self._turn += 1
             self._held = [[] for _ in self._held]
+            yield
 
     def _pieces(self, requests: Sequence[Request], reuse: bool, turn: int) -> Iterator[Piece]:
         waiting = deque(enumerate(requests))

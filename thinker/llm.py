@@ -132,7 +132,7 @@ def holds_media(messages: Sequence[Message]) -> bool:
 
 
 class LLM:
-    """A model with its tokenizer. Made by `load`; for one thread."""
+    """A model with its tokenizer. Made by `load`. Threads that share it take turns, and end each other's texts."""
 
     def __init__(self, files: ModelFiles, backend: Backend, dtype: DType | None, slots: int, notice: Notice) -> None:
         self.files = files
@@ -348,13 +348,11 @@ class LLM:
         progress: Progress | None = None,
     ) -> Evaluation:
         """Loss, perplexity and bits per byte of texts, computed as the model speaks: see `evaluate.evaluate`."""
-        model: Decoder | ThinkerLM
+        settings = self.tokenizer, documents, stride, batch, progress, self.files.bos_id
         if self._native is None:
-            model = self.model
-        else:
-            model = self._native
-            self.engine.lend()
-        return evaluate(model, self.tokenizer, documents, stride, batch, progress, self.files.bos_id)
+            return evaluate(self.model, *settings)
+        with self.engine.lend():
+            return evaluate(self._native, *settings)
 
     def encode(self, prompt: str) -> tuple[int, ...]:
         """A prompt's ids, with bos once in front if the model wants it, or if there would be none at all."""
