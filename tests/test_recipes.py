@@ -11,7 +11,7 @@ from thinker.config import ThinkerConfig
 from thinker.train.config import TrainConfig, read_settings
 from thinker.train.decide import repeatable
 from thinker.train.loop import fit
-from thinker.train.recipes import DECAY, choose, choose_first, rounded, with_choices
+from thinker.train.recipes import CHOSEN, DECAY, choose, choose_first, rounded, with_choices
 from thinker.train.start import begin, resume
 
 TINY = ThinkerConfig()
@@ -141,6 +141,12 @@ def test_large_steps_keep_a_beta2_of_095():
         assert TrainConfig(beta2_tokens=values["beta2_tokens"]).adam_beta2(tokens) == pytest.approx(beta2, abs=2e-3)
 
 
+def test_all_that_is_chosen_is_known_to_be():
+    """Catches a default in the help that no run has."""
+    choices = [*choose_first(TINY, TrainConfig(), set()), *choose(TINY, TrainConfig(), set(), 4096, 1000.0, 5.0)]
+    assert {name for choice in choices for name in choice.values} == CHOSEN
+
+
 def test_every_choice_has_a_reason_in_one_line():
     """Bug: a setting that changes without a word."""
     lines = [str(choice) for choice in choose(TINY, TrainConfig(), set(), 4096, 1000.0, 5.0)]
@@ -179,7 +185,8 @@ def test_a_run_takes_its_recipe_says_it_and_repeats_it_on_resuming(text, tmp_pat
     assert run.model.blocks[0].dropout.p == run.model.dropout.p == run.model.config.dropout == 0.1
     assert any(line.startswith("dropout 0.1: short of data") for line in said)
     assert said[-1] == "counting which tokens follow which within 3"
-    assert set(said[1:-1]) <= set(run.decisions.reasons), "but for what was found in the text"
+    lines = {line for line in said[1:-1] if not line.startswith("compiling kernels")}  # on the first day
+    assert lines <= set(run.decisions.reasons), "but for what was found in the text"
     assert run.optimizers[0].param_groups[0]["peak_lr"] == run.settings.muon_lr
     with repeatable(None):
         fit(run, Silent())

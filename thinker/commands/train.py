@@ -16,6 +16,7 @@ from rich.markup import escape
 from ..checkpoint.files import to_json
 from ..config import ThinkerConfig
 from ..train.config import TrainConfig, read_settings
+from ..train.recipes import CHOSEN
 from .flags import Flag
 
 SAVED_AND_ENDED = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -34,7 +35,12 @@ class OwnOptions(BaseModel):
 def _flags() -> dict[str, Any]:
     """Every field of the run and of the architecture, without the rules between fields: a file may settle those."""
     fields = TrainConfig.model_fields | ThinkerConfig.model_fields
-    return {name: (field.annotation, field) for name, field in fields.items() if name != "rope_scaling"}
+    by_recipe = tyro.conf.arg(help_behavior_hint="(default: the recipe's choice)")
+    return {
+        name: (Annotated[field.annotation, by_recipe] if name in CHOSEN else field.annotation, field)
+        for name, field in fields.items()
+        if name != "rope_scaling"
+    }
 
 
 Options = create_model("Options", __base__=OwnOptions, __doc__=OwnOptions.__doc__, **_flags())

@@ -38,6 +38,11 @@ AVERAGE = 0.13  # of such a run is what the weights shown are a mean over: 1 % f
 INHERIT = 0.5  # of its parts' rows in a merged token's: a few per cent fewer bits, most where steps are few
 COOCCURRENCE = 3  # tokens ahead that are counted before the first step: 1 was behind, 6 the same, 12 behind
 PATIENCE = 2  # of 12 looks: in the sweeps more never found a better state, less a worse one once
+# All that is chosen here, for who wants to say that it is.
+CHOSEN = frozenset(
+    "use_qk_norm batch_size lr muon_lr schedule warmup weight_decay inherit cooccurrence tie_embeddings beta2_tokens "
+    "dropout early_stop average".split()
+)
 COMPILED_GAIN = 1.5  # a compiled step against the eager one that was probed
 
 
