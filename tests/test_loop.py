@@ -5,10 +5,13 @@ import json
 import os
 import signal
 import threading
+from itertools import count
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import randomise
 
 from thinker import load
 from thinker.certificate import certify
@@ -17,12 +20,13 @@ from thinker.config import ThinkerConfig
 from thinker.data.batches import Batches
 from thinker.formats import open_model
 from thinker.formats.gguf_export import export_gguf
-from thinker.loss import NextTokenLoss
+from thinker.loss import IGNORE, NextTokenLoss
 from thinker.model import ThinkerLM
 from thinker.train import loop
 from thinker.train.config import TrainConfig
-from thinker.train.decide import repeatable
+from thinker.train.decide import dropout_seed, repeatable
 from thinker.train.loop import Diverged, fit, take_step
+from thinker.train.optim import rate
 from thinker.train.start import begin, resume
 
 ARCHITECTURE = ThinkerConfig(vocab_size=300, n_layers=2, d_model=32, n_heads=2, d_ff=64, ctx_len=32, dropout=0.1)
@@ -233,6 +237,83 @@ def test_gradients_are_scaled_together_where_their_norm_is_too_large(most):
         else:
             torch.testing.assert_close(parameter.grad, grad * (most / norm), rtol=1e-5, atol=0)
     assert parameters[-1].grad is None
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_a_mixtures_gradients_are_those_of_both_losses(text, tmp_path, weight):
+    """Bug: the balance loss is measured and never learned from, or weighs as one micro-batch whatever its tokens."""
+    config = ARCHITECTURE.changed(use_moe=True, num_experts=4, balance_loss=weight, dropout=0.0)
+    run = begin(config, settings(text, tmp_path / "run", accumulate=2), set(), quiet)
+    randomise(run.model.double())
+    inputs, targets = (torch.from_numpy(rows) for rows in run.batches.batch(0))
+    targets[:3, 5:] = IGNORE
+    counted = int((targets != IGNORE).sum())
+    micros = [run.module(*halves) for halves in zip(inputs.chunk(2), targets.chunk(2), strict=True)]
+    objective = sum(parts.total + weight * parts.balance * parts.tokens for parts in micros) / counted
+    expected = torch.autograd.grad(objective, list(run.model.parameters()))
+    loop.gradients(run, run.module, (inputs.numpy(), targets.numpy()), counted)
+    for (name, parameter), gradient in zip(run.model.named_parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_every_update_is_of_a_clipped_gradient(text, tmp_path):
+    """Bug: the norm is told and nothing is clipped, or the settings' clip isn't what it is held to."""
+    run = begin(ARCHITECTURE, settings(text, tmp_path / "run", clip=1e-3, steps=3), set(), quiet)
+    norms, told = [], []
+
+    def look(*_):
+        rows = [parameter.grad.flatten() for parameter in run.model.parameters() if parameter.grad is not None]
+        norms.append(float(torch.cat(rows).norm()))
+
+    run.optimizers[0].register_step_pre_hook(look)  # the first one's, as each forgets its gradients after its step
+    watcher = Silent()
+    watcher.after_step = lambda run, report: told.append(report.grad_norm)
+    fit(run, watcher)
+    assert norms == pytest.approx([1e-3] * 3, rel=1e-4)  # torch divides by norm + 1e-6
+    assert min(told) > 0.01
+
+
+def test_every_update_is_at_the_schedules_rate(text, tmp_path):
+    """Bug: rates stay at their peaks, one optimiser's do, or warm-up, cool-down and schedule never reach the step."""
+    schedule = {"schedule": "wsd", "warmup": 0.25, "cooldown": 0.5}
+    run = begin(ARCHITECTURE, settings(text, tmp_path / "run", steps=8, **schedule), set(), quiet)
+    rates = []
+    for optimizer in run.optimizers:
+        assert {group["lr"] for group in optimizer.param_groups} <= {run.settings.lr, run.settings.muon_lr}
+        peaks = [group["lr"] for group in optimizer.param_groups]
+        optimizer.register_step_pre_hook(
+            lambda optimizer, *_, peaks=peaks: rates.append(
+                [group["lr"] / peak for group, peak in zip(optimizer.param_groups, peaks, strict=True)]
+            )
+        )
+    fit(run, Silent())
+    shares = [rate(step / 8, **schedule) for step in range(8) for _ in run.optimizers]
+    assert len(set(shares)) > 4
+    assert rates == [pytest.approx([share] * len(row)) for share, row in zip(shares, rates, strict=True)]
+
+
+def test_every_micro_batch_draws_its_own_dropout(text, tmp_path, monkeypatch):
+    """Bug: the same neurons are dropped at every step, or in every micro-batch of one, or whatever the seed."""
+    run = begin(ARCHITECTURE, settings(text, tmp_path / "run", steps=3, accumulate=2, seed=5), set(), quiet)
+    seeds, seed = [], torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda number: seeds.append(number) or seed(number))
+    fit(run, Silent())
+    assert seeds == [dropout_seed(5, step, micro) for step in range(3) for micro in range(2)]
+    assert len(set(seeds)) == 6
+
+
+def test_a_run_of_minutes_ends_by_the_clock(text, tmp_path, monkeypatch):
+    """Bug: time spent in steps ends no run, or its schedule follows the number of steps."""
+    run = begin(ARCHITECTURE, settings(text, tmp_path / "run", steps=None, minutes=0.25), set(), quiet)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=count(0, 4).__next__))  # read twice a step
+    reports, watcher = [], Silent()
+    watcher.after_step = lambda run, report: reports.append(report)
+    assert fit(run, watcher) is None
+    assert (run.step, run.seconds) == (4, 16)
+    done = [0, 4 / 15, 8 / 15, 12 / 15, 1]
+    assert [report.progress for report in reports] == pytest.approx(done[1:])
+    shares = [rate(progress, schedule="linear", warmup=run.settings.warmup) for progress in done[:-1]]
+    assert [report.lr for report in reports] == pytest.approx([share * run.settings.lr for share in shares])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(text, tmp_path):
