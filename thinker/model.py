@@ -105,7 +105,7 @@ class Attention(nn.Module):
         starts: Tensor | None = None,
     ) -> Tensor:
         """x (B, T, D) to (B, T, D). visible, starts: see `attention.attend`; a mask has causality in it."""
-        if rotation[0].dtype != torch.float32:
+        if rotation[0].dtype not in (torch.float32, torch.promote_types(x.dtype, torch.float32)):
             raise ValueError(f"RoPE's angles are {rotation[0].dtype}: with FSDP say cast_forward_inputs=False")
         q, k, v = self.project(x, None if kv_cache is None else rotation)
         if kv_cache is not None:
