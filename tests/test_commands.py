@@ -17,6 +17,8 @@ from test_llm import TOKENIZER, folder_of
 
 from thinker import load
 from thinker.commands import main
+from thinker.places import cache_folder
+from thinker.train.loop import Diverged
 
 SHELL = [sys.executable, "-c", "from thinker.commands import main; main()"]
 
@@ -271,6 +273,57 @@ def test_texts_are_utf8_whatever_the_locale(folder, monkeypatch, capfd):
     status, _, err = run("chat", given=b"a \xff\n")
     assert (status, err.count("\n")) == (2, 1)
     assert "the text holds bytes that are no UTF-8" in err
+
+
+# train
+
+
+@pytest.fixture
+def training(tmp_path, monkeypatch) -> list[str]:
+    """`train` and the flags of a tiny run in `tmp_path / "run"`; what it caches stays there, but for kernels."""
+    kernels = cache_folder() / "kernels"
+    kernels.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "kernels").symlink_to(kernels)
+    monkeypatch.setenv("THINKER_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "words.txt").write_text("\n".join(f"line {n % 17} has {n % 5} words" for n in range(2000)))
+    size = "--vocab-size 300 --n-layers 1 --d-model 32 --n-heads 2 --d-ff 64 --ctx-len 32 --batch-size 4"
+    plain = "--precision float32 --compile off --threads 1"
+    return ["train", "--data", str(tmp_path / "words.txt"), "--out", str(tmp_path / "run"), *f"{size} {plain}".split()]
+
+
+def test_training_that_is_ended_saves_and_goes_on(shell, training):
+    """Catches a service's end told as success or as a crash, a lost state, and a report that isn't JSON alone."""
+    command = [*SHELL, *training, *"--steps 3000 --early-stop 0 --validate-every 1e-6".split()]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as trainer:
+        assert trainer.stderr is not None
+        assert any("step 1: " in line for line in trainer.stderr), "a first step is done"
+        trainer.send_signal(signal.SIGTERM)
+        said = trainer.stderr.read()
+        assert trainer.wait() == 143
+    step = int(re.search(r"Saved at step ([\d,]+)\.", said)[1].replace(",", ""))
+    status, out, _ = shell(*training, "--resume", "--steps", step + 2, "--validate-every", 1000, "--json")
+    assert (status, json.loads(out)["steps"]) == (0, step + 2)
+
+
+def test_an_interrupted_training_is_status_130(shell, training, monkeypatch):
+    """Catches Ctrl-C that a script takes for the end of the run, or for a service's."""
+    monkeypatch.setattr("thinker.train.loop.fit", lambda run, watcher: run.save() or signal.SIGINT)
+    status, out, err = shell(*training, "--steps", 2)
+    assert (status, out) == (130, "")
+    assert "Saved at step 0. To go on: thinker train --resume --out" in err
+
+
+def test_a_training_that_diverges_is_status_1(shell, training, monkeypatch):
+    """Catches divergence told as success, as a user's mistake, or in a traceback."""
+
+    def fit(run, watcher):
+        raise Diverged("step 1: the loss is nan")
+
+    monkeypatch.setattr("thinker.train.loop.fit", fit)
+    status, out, err = shell(*training, "--steps", 2)
+    assert (status, out) == (1, "")
+    assert "stopped: step 1: the loss is nan" in err
 
 
 def test_closed_and_full_streams_are_no_traceback(folder):
