@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -29,6 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # Read once, when torch loads its OpenMP. Threads that wait by spinning make thousands of tiny products some fifteen
 # times slower as soon as another process wants a core; sleeping ones do the same sums.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# The same examples each time, however slow the machine, and no record of them in the tree.
+hypothesis.settings.register_profile("house", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("house")
 
 SMALL = {"vocab_size": 61, "n_layers": 3, "d_model": 32, "n_heads": 4, "d_ff": 48, "ctx_len": 48}
 

@@ -43,7 +43,7 @@ def test_cached_equals_uncached(config: ThinkerConfig, build: Build, inputs: str
         assert kv_cache.lengths == [20, 20]
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@settings(max_examples=25)
 @given(split=st.lists(st.integers(1, 9), min_size=1, max_size=10))
 def test_cached_equals_uncached_for_any_split(split: list[int]) -> None:
     """Catches a split that nobody thought of."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from test_llm import TOKENIZER, folder_of
 
-from thinker import load
+from thinker import __version__, load
 from thinker.commands import main
 from thinker.places import cache_folder
 from thinker.train.loop import Diverged
@@ -273,6 +273,16 @@ def test_texts_are_utf8_whatever_the_locale(folder, monkeypatch, capfd):
     status, _, err = run("chat", given=b"a \xff\n")
     assert (status, err.count("\n")) == (2, 1)
     assert "the text holds bytes that are no UTF-8" in err
+
+
+def test_what_is_no_command(shell):
+    """Catches a script that goes on behind a misspelt command."""
+    status, out, err = shell("genreate")
+    assert (status, out) == (2, "")
+    assert "unknown command 'genreate': choose among train, generate" in err
+    assert shell()[0] == 2
+    assert shell("--help")[0] == 0
+    assert shell("--version")[:2] == (0, f"{__version__}\n")
 
 
 # train

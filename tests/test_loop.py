@@ -355,7 +355,7 @@ def test_the_published_view_is_the_model(text, tmp_path):
         torch.testing.assert_close(published.eval()(tokens), ours, rtol=0, atol=1e-5 * float(ours.abs().max()))
 
 
-def test_metrics_and_states_hold_what_they_say(text, tmp_path):
+def test_states_hold_what_they_say(text, tmp_path):
     """Bug: a state without what going on needs."""
     run, _ = train(text, tmp_path / "run", steps=3, keep=1)
     states = list((tmp_path / "run" / "training").glob("step-*"))
@@ -364,7 +364,7 @@ def test_metrics_and_states_hold_what_they_say(text, tmp_path):
     assert state["tokens"] == 3 * 4 * 32
     assert state["decisions"]["precision"] == "float32"
     assert state["settings"]["batch_size"] == 4
-    assert run.config.vocab_size == run.tokenizer.vocab_size < 300 or run.config.vocab_size == 300
+    assert run.config.vocab_size == run.tokenizer.vocab_size <= 300
 
 
 def test_interruption_needs_the_main_thread_only_for_signals(text, tmp_path):

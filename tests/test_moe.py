@@ -191,6 +191,15 @@ def test_only_the_chosen_experts_learn() -> None:
 
 
 @torch.no_grad()
+def test_only_the_chosen_experts_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a mixture that computes all experts and weighs most of them with zero."""
+    module, seen, true = mixture(chosen=2).float(), [], moe.apply_experts
+    monkeypatch.setattr(moe, "apply_experts", lambda *given: seen.append(given[2]) or true(*given))
+    module(stream(3, 7).float())
+    assert [int(counts.sum()) for counts in seen] == [3 * 7 * 2]
+
+
+@torch.no_grad()
 def test_tokens_do_not_see_each_other() -> None:
     """Catches a capacity that drops tokens, or groups that depend on who else is there, beyond the last bits."""
     module, x = mixture(), stream(2, 40)

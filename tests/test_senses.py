@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -598,6 +599,7 @@ def test_digits_hold_out_every_fifth_picture():
         assert found[number].digit == data.target[number]
 
 
+@pytest.mark.skipif("THINKER_DATA" not in os.environ, reason="THINKER_DATA is not set")  # it would be downloaded
 def test_spoken_digits_and_sums():
     """Catches a recording of the test split, or a speaker left out, among those to train on; and wrong sums."""
     from thinker.data.digits import recordings

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -107,7 +107,6 @@ def test_no_text_at_all() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None)
 @given(text=TEXTS)
 def test_text_comes_back_and_never_is_a_control(kind: str, text: str) -> None:
     """A user who types <|eos|> must not end the document, and no character may be lost."""
@@ -121,7 +120,6 @@ def test_text_comes_back_and_never_is_a_control(kind: str, text: str) -> None:
     assert batched.tolist() == ids
 
 
-@settings(deadline=None)
 @given(text=TEXTS)
 def test_characters_keep_their_borders(text: str) -> None:
     """A merge across characters would make "characters" a BPE of another kind, and pieces of two letters one token."""
@@ -175,7 +173,6 @@ def test_bos_is_put_in_front_once() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None)
 @given(data=st.data())
 def test_any_ids_decode_as_the_library_does(kind: str, data: st.DataObject) -> None:
     """Broken UTF-8, split characters and controls in between must read the same here, streamed, and elsewhere."""
