@@ -108,6 +108,14 @@ def test_top_p_among_equals(share):
     assert (np.abs(frequency[: among - 1] - 4000 / among) <= 5 * math.sqrt(4000 / among)).all()
 
 
+def test_top_p_before_a_last_temperature_near_0_ends():
+    """Bug: of two scores as good as equal top-p takes the first and the temperature the other: nobody can be drawn."""
+    logits = np.full(50, -5, np.float32)
+    logits[[3, 7]] = np.float32(0.01), np.nextafter(np.float32(0.01), np.float32(1))
+    settings = Sampling(temperature=1e-12, top_p=1e-6, temperature_last=True)
+    assert set(drawn(logits, settings, 20)) <= {3, 7}
+
+
 @pytest.mark.parametrize("k", [1, 2, 50, 700, 3999, 4000])
 @pytest.mark.parametrize("spread", [40, 3000, 1 << 30])
 def test_top_k_finds_its_border_among_thousands(k, spread):

@@ -122,7 +122,8 @@ def draw(scores, order, weights, largest, settings, key):  # type: ignore[no-unt
     if among != LOWEST:
         for i in range(scores.shape[0]):
             weights[i] = weights[i] if order[i] >= among else np.int32(0)
-    wanted = share_of(settings[TOP_P], mass_from(weights, weights, 1))
+    nucleus = settings[TOP_P] < 1
+    wanted = share_of(settings[TOP_P], mass_from(weights, weights, 1)) if nucleus else np.int64(0)
     masses = weights
     if last:
         masses = order
@@ -132,7 +133,10 @@ def draw(scores, order, weights, largest, settings, key):  # type: ignore[no-unt
     while True:
         token = pick(masses, weights, least, first, random_bits(key[SEED], key[REQUEST], index))
         least, first = np.int64(weights[token]), np.int64(token)
-        if settings[TOP_P] == 1 or mass_before(weights, weights, least, first)[1] < wanted:
+        if not nucleus or mass_before(weights, weights, least, first)[1] < wanted:
+            return token
+        # Scores as good as equal may be far apart at a last temperature near 0.
+        if last and mass_before(masses, weights, least, first)[1] == 0:
             return token
         index += np.uint64(1 << 32)  # a text has fewer tokens
 

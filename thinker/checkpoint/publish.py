@@ -173,7 +173,8 @@ def fold_layer_scale(
 
 def repair(run_dir: Path) -> bool:
     """Publish again where a kill left a view in pieces, or behind the state to publish; whether that was necessary."""
-    if to_publish(run_dir) is None or (_inconsistency(run_dir) is None and not _lags(run_dir)):
+    path = to_publish(run_dir)
+    if path is None or (_inconsistency(run_dir) is None and not _lags(run_dir, path)):
         return False
     publish(run_dir)
     return True
@@ -257,17 +258,14 @@ def _inconsistency(folder: Path) -> str | None:
     return None if other is None else f"{WEIGHTS} is of step {known[WEIGHTS]}, {other} of step {known[other]}"
 
 
-def _lags(run_dir: Path) -> bool:
-    """Whether a state was saved for others to see and not published any more.
+def _lags(run_dir: Path, path: Path) -> bool:
+    """Whether the state to publish was saved for others to see and not published any more.
 
     A view whose own state is damaged or gone is the best there is, and stays: the one to publish then is an older one,
     or the newest in place of the best.
     """
-    path, step = to_publish(run_dir), _step_of(run_dir / OWN)
-    if path is None or step is None:
-        return False
-    state = load(path)
-    return step < state.step and best_step(state.state) in (None, state.step)
+    state, step = load(path), _step_of(run_dir / OWN)
+    return step is not None and step < state.step and best_step(state.state) in (None, state.step)
 
 
 def _step_of(path: Path) -> int | None:
