@@ -255,8 +255,12 @@ def test_a_tokenizer_that_leaves_text_out_is_told(tmp_path):
     assert values["model"]["vocab"].pop("æ")  # of 日
     (folder / "tokenizer.json").write_text(json.dumps(values))
     llm = load(folder, backend="torch", notice=notices.append)
-    assert llm.generate(["a 日", "a"], max_new_tokens=1)
-    assert notices == [f"{folder}: 1 of UTF-8's 243 bytes have no token: characters with them are left out"]
+    assert llm.generate("a", max_new_tokens=1)
+    assert notices == []
+    assert llm.generate(["a 日日", "日"], max_new_tokens=1)
+    assert notices == [f"{folder}: its tokenizer has no tokens for '日': it is left out"]
+    llm.chat([{"role": "user", "content": [{"type": "text", "text": "日本"}]}], max_new_tokens=1)
+    assert notices[1:] == [f"{folder}: its tokenizer has no tokens for '本': it is left out"]
     with pytest.raises(ValueError, match="no tokens for '日'"):
         llm.evaluate(["a 日"])
 

@@ -22,7 +22,7 @@ from .decode.decoder import Decoder
 from .evaluate import Evaluation, Progress, evaluate
 from .formats import ModelFiles, Q8Tensor, open_model
 from .generate import Engine, Generation, Piece, Request
-from .messages import Message, check_messages, media_parts
+from .messages import Message, check_messages, media_parts, text_of
 from .places import cache_folder
 from .sampling import Sampling
 from .tokenizer import Tokenizer
@@ -137,6 +137,7 @@ class LLM:
     def __init__(self, files: ModelFiles, backend: Backend, dtype: DType | None, slots: int, notice: Notice) -> None:
         self.files = files
         self._backend, self._dtype, self._slots, self._notice = backend, dtype, slots, notice
+        self._told: set[str] = set()
 
     @property
     def config(self) -> ThinkerConfig:
@@ -149,13 +150,9 @@ class LLM:
         if self.files.tokenizer_json is None:
             raise ValueError(f"{self.files.path}: has no tokenizer.json, without which texts can't be read or written")
         try:
-            tokenizer = Tokenizer.from_json(self.files.tokenizer_json)
+            return Tokenizer.from_json(self.files.tokenizer_json)
         except ValueError as error:
             raise ValueError(f"{self.files.path}: its tokenizer can't be used: {error}") from None
-        if missing := len(tokenizer.missing_bytes):
-            lost = f"{missing} of UTF-8's 243 bytes have no token: characters with them are left out"
-            self._notice(f"{self.files.path}: {lost}")
-        return tokenizer
 
     @functools.cached_property
     def model(self) -> ThinkerLM:
@@ -359,6 +356,7 @@ class LLM:
         if not isinstance(prompt, str):
             raise ValueError(f"a prompt is {prompt!r}: give a text")
         ids, bos_id = self.tokenizer.encode(prompt), self.files.bos_id
+        self._notice_left_out(prompt)
         begins = bos_id is not None and (self.files.add_bos or not ids)
         return (bos_id, *ids) if begins and bos_id is not None else tuple(ids)
 
@@ -369,6 +367,8 @@ class LLM:
             request = self._request({"embeddings": embeddings, "stands_for": stands_for}, **options)
         else:
             request = self._request({"tokens": tuple(self.chat_format.encode(messages))}, **options)
+        for message in messages:
+            self._notice_left_out(text_of(message["content"]))
         end = self.chat_format.end_id
         if end is not None and not options.get("ignore_eos"):
             request = dataclasses.replace(request, eos_ids=request.eos_ids | {end})
@@ -390,6 +390,13 @@ class LLM:
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             eos_ids=frozenset() if ignore_eos else frozenset(self.files.eos_ids),
         )
+
+    def _notice_left_out(self, text: str) -> None:
+        """Say once of each character that the model does not see it."""
+        for character in self.tokenizer.left_out(text):
+            if character not in self._told:
+                self._told.add(character)
+                self._notice(f"{self.files.path}: its tokenizer has no tokens for {character!r}: it is left out")
 
     def _noticed(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
         for piece in pieces:

@@ -8,6 +8,7 @@ begins with bos and ends with eos) and by `chat.py`, as numbers. No files but to
 from __future__ import annotations
 
 import codecs
+import itertools
 import json
 import re
 from collections import Counter
@@ -187,7 +188,7 @@ class Tokenizer:
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """The ids of a text, none of them a control id; `bos` puts that one in front, if the vocabulary has one.
 
-        What has no token is left out, as by other programs: see `missing_bytes`.
+        What has no token is left out, as by other programs: see `left_out`.
         """
         try:
             ids = self._backend.encode(text, add_special_tokens=False).ids
@@ -204,11 +205,15 @@ class Tokenizer:
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except TypeError:
             raise ValueError(_NOT_UNICODE) from None
-        for text in texts if self.missing_bytes else ():
-            if not self.missing_bytes.isdisjoint(text.encode()):
-                lost = next(c for c in text if not self.missing_bytes.isdisjoint(c.encode()))
-                raise ValueError(f"the tokenizer has no tokens for {lost!r}: leave it out, or take another tokenizer")
+        for lost in itertools.chain.from_iterable(map(self.left_out, texts)):
+            raise ValueError(f"the tokenizer has no tokens for {lost!r}: leave it out, or take another tokenizer")
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+    def left_out(self, text: str) -> list[str]:
+        """The characters of a text for which there are no tokens, each once."""
+        if not self.missing_bytes or self.missing_bytes.isdisjoint(text.encode()):
+            return []
+        return [c for c in dict.fromkeys(text) if not self.missing_bytes.isdisjoint(c.encode())]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of the ids. Bytes that are no UTF-8 become U+FFFD, and ids beyond the vocabulary nothing."""
