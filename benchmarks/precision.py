@@ -1,4 +1,4 @@
-"""What this processor trains fastest in: bfloat16, unless it emulates that. All sides of a comparison take it."""
+"""What this processor trains fastest in: bfloat16, unless it is slow in that. All sides of a comparison take it."""
 
 from __future__ import annotations
 

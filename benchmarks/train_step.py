@@ -3,7 +3,7 @@
     python -m benchmarks.train_step [train] [moe]
 
 AdamW on both sides; Thinker's default, Muon, is one more contestant. Everyone clips the gradient and pays for it. On a
-processor that emulates bfloat16 everything is float32.
+processor that is slow in bfloat16 everything is float32.
 """
 
 from __future__ import annotations

@@ -38,13 +38,14 @@ def test_what_a_processor_emulates_is_not_probed(monkeypatch):
     decisions = decide(TrainConfig(steps=10), NextTokenLoss(ThinkerLM(CONFIG)), one_row(), "cpu")
     assert probed == ["float32"]
     assert decisions.precision == "float32"
-    assert decisions.reasons[0] == "float32: this processor emulates bfloat16, 6.9 times the time a product"
+    assert decisions.reasons[0] == "float32: a product takes 6.9 times as long in bfloat16 here"
 
 
 def test_what_kernels_there_are_is_said(monkeypatch):
     """Bug: a run is slow because Numba is broken, and nobody learns of it."""
     monkeypatch.setattr(room, "probe", lambda module, batch, device, name: 1.0)
     monkeypatch.setattr(room.kernels, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(room.kernels, "numbers", lambda: torch.bfloat16)
     monkeypatch.setattr(room, "NEGLECTED", False)
     settings = TrainConfig(steps=10, precision="bfloat16")
     config = CONFIG.changed(d_model=64, n_heads=2)

@@ -17,6 +17,10 @@ OTHERS = {
         "avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512vnni avx512bf16",
         "torch.bfloat16 10\n",
     ),
+    "emeraldrapids": (  # whose system keeps the tiles to itself
+        "avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512vnni avx512bf16",
+        "torch.float32 8\n",
+    ),
     "sapphirerapids": (
         "avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512vnni avx512bf16 amx-tile amx-bf16",
         "torch.bfloat16 11\n",

@@ -32,6 +32,9 @@ JOINS_PRODUCTS = PAIRS and _FEATURES.get("fma", False)
 # One instruction multiplies matrices of bfloat16, 16 by 32 times 32 by 16; or 32 pairs, which it adds up in twos.
 TILES = _FEATURES.get("amx-bf16", False)
 PAIRS_OF_BFLOAT16 = _FEATURES.get("avx512bf16", False)
+# Intel's processors that have tiles take such pairs at half the rate of float32, as measured on Emerald Rapids under a
+# system that keeps the tiles to itself.
+GAINS_BY_BFLOAT16 = TILES or (PAIRS_OF_BFLOAT16 and "rapids" not in _NAME)
 # Torch's library of float32 products has one kernel for all of AMD's processors, and takes a fifth to a third longer
 # than ours, as measured on Zen 3.
 NEGLECTED = JOINS_PRODUCTS and _NAME.startswith("znver") and not WIDE

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..compiled.library import Kernel
-from ..compiled.processor import JOINS_PRODUCTS, NEGLECTED, PAIRS_OF_BFLOAT16, TILES
+from ..compiled.processor import GAINS_BY_BFLOAT16, JOINS_PRODUCTS, NEGLECTED, PAIRS_OF_BFLOAT16, TILES
 
 SHARED = "parts", "scratch", "step_scratch"  # how a task is cut, the first part's own memory, bytes to the next one's
 SOURCES = list(Path(__file__).parent.glob("*.py"))
@@ -56,16 +56,16 @@ ARCH_PRCTL, ASK_FOR_STATE, TILE_DATA = 158, 0x1023, 18  # of Linux on x86-64
 
 
 def form() -> Literal["tiles", "pairs", "none"]:
-    """What this process multiplies bfloat16 with."""
-    if hindrance(torch.bfloat16) is not None:
+    """What this process multiplies bfloat16 with, if it trains in that."""
+    if numbers() != torch.bfloat16 or hindrance(torch.bfloat16) is not None:
         return "none"
     return "tiles" if TILES else "pairs"
 
 
 @torch.compiler.assume_constant_result
 def numbers() -> torch.dtype:
-    """What is fastest in training on this processor, and has kernels: bfloat16 if it multiplies that, else float32."""
-    return torch.bfloat16 if multiplies(torch.bfloat16) else torch.float32
+    """What is fastest in training on this processor, and has kernels: bfloat16 if it gains by that, else float32."""
+    return torch.bfloat16 if multiplies(torch.bfloat16) and GAINS_BY_BFLOAT16 else torch.float32
 
 
 @cache

@@ -38,8 +38,9 @@ DTYPES: dict[Precision, torch.dtype] = {
 # our own, which leave less to compile, seven eighths in bfloat16, and in float32 nearly all (90 to 98 %).
 COMPILE_PAYS_AFTER = 120.0  # seconds of training still to come
 BESIDE_KERNELS: dict[Precision, float] = {"bfloat16": 200.0, "float32": 600.0}
-# Where a product takes so many times as long in bfloat16, it is emulated, and a step would take ten times as long.
-EMULATED = 2.0
+# Where a product takes so many times as long in bfloat16, a step gains nothing; where that is emulated, it takes ten
+# times as long.
+HOPELESS = 1.5
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def decide(
             both = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in timed.items())
             reasons.append(f"{precision}: faster in a probe of two steps each ({both} a step)")
         else:
-            reasons.append(f"float32: this processor emulates bfloat16, {bfloat16_cost():.1f} times the time a product")
+            reasons.append(f"float32: a product takes {bfloat16_cost():.1f} times as long in bfloat16 here")
 
     dtype = DTYPES[precision]
     has_own = device == "cpu" and dtype == kernels.numbers() and kernels.multiplies(dtype)
@@ -158,8 +159,8 @@ def own_kernels(config: ThinkerConfig, compiled: bool) -> str:
 
 
 def worth_probing() -> tuple[Precision, ...]:
-    """The precisions among which a probe decides on a processor: not bfloat16 where it is emulated."""
-    return ("float32", "bfloat16") if bfloat16_cost() < EMULATED else ("float32",)
+    """The precisions among which a probe decides on a processor: not bfloat16 where products are slow."""
+    return ("float32", "bfloat16") if bfloat16_cost() < HOPELESS else ("float32",)
 
 
 @cache
