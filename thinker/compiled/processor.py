@@ -21,12 +21,14 @@ PAIRS = _FEATURES.get("avx2", False)
 # Older processors lack the instruction that makes float32 of float16.
 CONVERTS = MACHINE == "aarch64" or _FEATURES.get("f16c", False)
 # Bytes that are worth fetching long before they are used, and how many of them while a block is multiplied, as
-# measured: Zen 4 keeps near what falls out of a core's own cache, and its memory is quick; elsewhere that cache has to
-# hold them, and Zen 3's memory answers more slowly.
+# measured: Zen 4 keeps near what falls out of a core's own cache, and its memory is quick; Zen 3's cache has to hold
+# them, and its memory answers more slowly; Emerald Rapids is the slower for it.
 _NAME = binding.get_host_cpu_name()
-FETCHED, PIECE = 1 << 19, 2048
-if _NAME.startswith("znver"):
-    FETCHED, PIECE = (1 << 24, 2048) if _NAME in ("znver4", "znver5") else (1 << 21, 512)
+_ZEN, _NEW = _NAME.startswith("znver"), _NAME in ("znver4", "znver5")
+FETCHED, PIECE = (1 << 24, 2048) if _NEW else (1 << 21, 512) if _ZEN else (0, 2048)
+# Into which cache a product's next weights come, counted from memory, and for how many turns of rows at least. With
+# fewer, Emerald Rapids foresees them by itself, and is done a fifth sooner; its nearest cache holds the present ones.
+NEXT_INTO, FETCHING_TURNS = (3, 1) if _ZEN else (2, 3)
 # One instruction multiplies eight pairs of float32 numbers and adds them to others, rounding once.
 JOINS_PRODUCTS = PAIRS and _FEATURES.get("fma", False)
 # One instruction multiplies matrices of bfloat16, 16 by 32 times 32 by 16; or 32 pairs, which it adds up in twos.
@@ -37,4 +39,4 @@ PAIRS_OF_BFLOAT16 = _FEATURES.get("avx512bf16", False)
 GAINS_BY_BFLOAT16 = TILES or (PAIRS_OF_BFLOAT16 and "rapids" not in _NAME)
 # Torch's library of float32 products has one kernel for all of AMD's processors, and takes a fifth to a third longer
 # than ours, as measured on Zen 3.
-NEGLECTED = JOINS_PRODUCTS and _NAME.startswith("znver") and not WIDE
+NEGLECTED = JOINS_PRODUCTS and _ZEN and not WIDE

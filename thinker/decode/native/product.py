@@ -19,7 +19,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ...compiled.memory import pointer
-from ...compiled.processor import DOTS, LOW, PAIRS, TALL
+from ...compiled.processor import DOTS, FETCHED, FETCHING_TURNS, LOW, NEXT_INTO, PAIRS, TALL
 from ...compiled.vectors import (
     BYTE,
     FLOAT,
@@ -116,10 +116,15 @@ def _tile(rows: int, panels: int, dots: bool = DOTS) -> Any:
                         def some(line, _, address=address):  # type: ignore[no-untyped-def]
                             place = builder.gep(address, [builder.mul(line, INT(CACHE_LINE))])
                             for following in range(AT_ONCE):
-                                fetch(builder, place, following * CACHE_LINE)
+                                fetch(builder, place, following * CACHE_LINE, NEXT_INTO if rows > 1 else 3)
                             return []
 
                         loop(builder, lines[0], lines[1], AT_ONCE, [], some)
+
+            def fetch_next(starts, lines, j):  # type: ignore[no-untyped-def]
+                """Have those lines fetched of the panels that come next, if there are turns enough."""
+                with builder.if_then(builder.icmp_signed(">=", turns, INT(FETCHING_TURNS))):
+                    fetch_weights(starts, lines, j, builder.mul(w_step, INT(panels)))
 
             def fetch_piece(j):  # type: ignore[no-untyped-def]
                 """Have fetched what the list has for the block of inputs that begins with j."""
@@ -135,22 +140,42 @@ def _tile(rows: int, panels: int, dots: bool = DOTS) -> Any:
             def in_floats(element):  # type: ignore[no-untyped-def]
                 starts, inputs, lines = columns(w, element, w_at, w_step), x_rows(FLOAT), lines_of(4)
 
-                def one(j, sums):  # type: ignore[no-untyped-def]
-                    weights = [load(builder, builder.gep(start, [builder.mul(j, INT(PANEL))])) for start in starts]
-                    if element == SHORT:
-                        weights = [from_half(builder, weight) for weight in weights]
-                    values = [spread(builder, builder.load(builder.gep(row, [j]))) for row in inputs]
-                    return [fma(builder, weights[i % vectors], values[i // vectors], sums[i]) for i in range(len(sums))]
+                def adding(count):  # type: ignore[no-untyped-def]
+                    """The products of so many inputs, from j on."""
 
-                def block(j, sums):  # type: ignore[no-untyped-def]
-                    if rows > 1 and element == FLOAT:
-                        fetch_weights(starts, lines, j, builder.mul(w_step, INT(panels)))
-                    if busy:
-                        fetch_piece(j)
-                    parts = loop(builder, j, end_of(j), 1, zeros, one)
-                    return [builder.fadd(total, part) for total, part in zip(sums, parts, strict=True)]
+                    def some(j, sums):  # type: ignore[no-untyped-def]
+                        for i in (builder.add(j, INT(further)) for further in range(count)):
+                            weights = [
+                                load(builder, builder.gep(start, [builder.mul(i, INT(PANEL))])) for start in starts
+                            ]
+                            if element == SHORT:
+                                weights = [from_half(builder, weight) for weight in weights]
+                            values = [spread(builder, builder.load(builder.gep(row, [i]))) for row in inputs]
+                            pairs = [(weight, value) for value in values for weight in weights]
+                            sums = [fma(builder, *pair, total) for pair, total in zip(pairs, sums, strict=True)]
+                        return sums
 
-                return loop(builder, INT(0), k, BLOCK, zeros, block)
+                    return some
+
+                def adding_blocks(end_of, at_once):  # type: ignore[no-untyped-def]
+                    """A block's sum joined to those before, so many inputs at once."""
+
+                    def block(j, sums):  # type: ignore[no-untyped-def]
+                        if rows > 1 and element == FLOAT:
+                            fetch_next(starts, lines, j)
+                        if busy and FETCHED:
+                            fetch_piece(j)
+                        parts = loop(builder, j, end_of(j), at_once, zeros, adding(at_once))
+                        return [builder.fadd(total, part) for total, part in zip(sums, parts, strict=True)]
+
+                    return block
+
+                # Written out, a block comes a sixth sooner for eight rows whose weights are far: more loads are on
+                # their way.
+                whole = builder.and_(k, INT(-BLOCK))
+                blocks = adding_blocks(lambda j: builder.add(j, INT(BLOCK)), BLOCK if busy else 1)
+                sums = loop(builder, INT(0), whole, BLOCK, zeros, blocks)
+                return loop(builder, whole, k, BLOCK, sums, adding_blocks(lambda j: k, 1))
 
             def in_q8():  # type: ignore[no-untyped-def]
                 starts, lines = columns(w, BYTE, w_at, w_step), lines_of(1)
@@ -197,10 +222,11 @@ def _tile(rows: int, panels: int, dots: bool = DOTS) -> Any:
                     return parts
 
                 def block(j, sums):  # type: ignore[no-untyped-def]
-                    if rows > 1 or panels == 1:
-                        further = builder.mul(w_step, INT(panels)) if rows > 1 else INT(STREAM)
-                        fetch_weights(starts, lines, j, further)
-                    if busy:
+                    if rows > 1:
+                        fetch_next(starts, lines, j)
+                    elif panels == 1:
+                        fetch_weights(starts, lines, j, INT(STREAM))
+                    if busy and FETCHED:
                         fetch_piece(j)
                     place = builder.sdiv(j, INT(BLOCK))
                     begin = [beside(row, WORD, builder.add(blocks, place)) for row in inputs for _ in places]
