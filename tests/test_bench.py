@@ -3,7 +3,6 @@
 import ast
 import io
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -90,10 +89,16 @@ def test_a_mixture_costs_what_is_chosen() -> None:
 # Limits
 
 
-def test_fastest_counts_no_first_call() -> None:
+def test_fastest_counts_no_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a limit that contains compiling or a first touch of memory, or the mean instead of the best."""
-    waits = iter([0.05, 0.02, 0.001, 0.02, 0.02])
-    assert 0.001 <= limits.fastest(lambda: time.sleep(next(waits)), 0.045) < 0.02
+    clock, waits = [0.0], iter([5.0, 2.0, 0.5, 2.0])
+    monkeypatch.setattr(limits.time, "perf_counter", lambda: clock[0])
+
+    def work() -> None:
+        clock[0] += next(waits)
+
+    assert limits.fastest(work, 4.5) == 0.5
+    assert next(waits, None) is None, "it went on as long as it was told to"
 
 
 def test_bandwidth_and_product_rate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,6 +203,20 @@ def test_report_and_table(measured: report.Report) -> None:
     assert all(line.what in shown for line in measured.speeds)
     assert "Peak memory" in shown
     assert "…" not in shown, "a cell is cut"
+
+
+def test_the_command_measures_what_it_is_told_to(
+    measured: report.Report, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches --quick that is as slow as without, and something beside the JSON that a script reads."""
+    asked = []
+    monkeypatch.setattr(command, "measure", lambda *arguments: asked.append(arguments[:2]) or measured)
+    assert command.run(command.Options(as_json=True)) == 0
+    assert json.loads(capsys.readouterr().out)["speeds"] == measured.to_json()["speeds"]
+    assert command.run(command.Options(quick=True)) == 0
+    assert "decode, 8 streams" in capsys.readouterr().out
+    assert [patience for _, patience in asked] == [report.Patience(), report.QUICK]
+    assert all(files.config == TINY for files, _ in asked)
 
 
 def test_large_models_are_not_trained_for_minutes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,6 +217,25 @@ def test_eval_reports_each_text(shell, folder, tmp_path):
     assert f"{expected[1].bits_per_byte:.4f}" in out.splitlines()[2]
 
 
+def test_eval_compares_two_types(shell, folder, tmp_path):
+    """Catches a second type that is the first once more, and a change of loss against the wrong one."""
+    (tmp_path / "one.txt").write_text("Once upon a time there was a small model.\n" * 3)
+    wide, narrow = (
+        load(folder, backend="torch", dtype=dtype).evaluate([(tmp_path / "one.txt").read_text()])
+        for dtype in ("float32", "bfloat16")
+    )
+    assert wide.loss != narrow.loss
+    flags = ("--data", tmp_path / "one.txt", "--backend", "torch", "--compare", "bfloat16")
+    _, first, second = shell("eval", folder, *flags)[1].splitlines()
+    assert "float32" in first
+    assert "loss" not in first
+    assert "bfloat16" in second
+    assert second.endswith(f"loss {100 * (narrow.loss / wide.loss - 1):+.3f} %")
+    results = json.loads(shell("eval", folder, *flags, "--json")[1])["results"]
+    assert [result["dtype"] for result in results] == ["float32", "bfloat16"]
+    assert [result["loss"] for result in results] == [wide.loss, narrow.loss]
+
+
 def test_eval_s_window_is_set_by_flags(shell, folder, tmp_path):
     """Catches a stride or a context that is accepted and never passed on."""
     (tmp_path / "one.txt").write_text("a small story " * 20)

@@ -18,6 +18,8 @@ from thinker.chat import DEFAULT_TEMPLATE
 from thinker.checkpoint.publish import Publication, write_view
 from thinker.decode.native import NativeUnavailable
 from thinker.decode.torch_decoder import TorchDecoder
+from thinker.formats import open_model
+from thinker.formats.gguf_export import export_gguf
 from thinker.generate import Request
 from thinker.llm import slot_bytes
 from thinker.model import ThinkerLM
@@ -105,6 +107,23 @@ def test_a_text_is_the_same_alone_and_in_company(folder, backend):
     assert llm.generate(PROMPTS, **options) == alone
     assert llm.generate(PROMPTS[::-1], **options) == alone[::-1]
     assert len(set(alone)) == len(PROMPTS)
+
+
+def test_a_quantised_file_speaks_like_the_model_that_is_quantised_on_opening(tmp_path):
+    """Catches a GGUF whose blocks are widened and rounded again, a wrong type by default, and names mixed up."""
+    folder = folder_of(tmp_path / "whole", d_ff=64)
+    export_gguf(open_model(folder), tmp_path / "small.gguf", "q8_0")
+    whole, quantised = load(folder, dtype="int8"), load(tmp_path / "small.gguf")
+    assert (whole.decoder.dtype, quantised.decoder.dtype) == ("int8", "int8")
+    options = {"max_new_tokens": 20, "temperature": 0.7, "seed": 5, "ignore_eos": True}
+    texts = quantised.generate(PROMPTS, **options)
+    assert texts == whole.generate(PROMPTS, **options)
+    assert len(set(texts)) == len(PROMPTS)
+    tokens = TOKENIZER.encode(PROMPTS[4])
+    opened = (load(tmp_path / "small.gguf", dtype=dtype) for dtype in ("float32", None))
+    exact, rounded = (llm.decoder.prefill(0, tokens) for llm in opened)
+    # The same weights: what differs is keys and values, in float16, and what weights are multiplied with, in 16 bits.
+    assert 0 < np.abs(exact - rounded).max() < 4 * 2**-11 * np.abs(exact).max()
 
 
 # The calls

@@ -348,8 +348,13 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("THINKER_CACHE", "~/somewhere")
     assert cache_folder() == Path.home() / "somewhere"
     monkeypatch.delenv("THINKER_CACHE")
-    assert cache_folder().name == "thinker"
-    assert Path.home() in cache_folder().parents or "XDG_CACHE_HOME" in os.environ
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/there")
+    assert cache_folder() == Path("/there/thinker")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert cache_folder() == Path.home() / ".cache" / "thinker"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert cache_folder() == Path.home() / "Library" / "Caches" / "thinker"
 
 
 # The Hugging Face hub
