@@ -170,12 +170,14 @@ def _tile(rows: int, panels: int, dots: bool = DOTS) -> Any:
 
                     return block
 
+                if not busy:
+                    return loop(builder, INT(0), k, BLOCK, zeros, adding_blocks(end_of, 1))
                 # Written out, a block comes a sixth sooner for eight rows whose weights are far: more loads are on
                 # their way.
                 whole = builder.and_(k, INT(-BLOCK))
-                blocks = adding_blocks(lambda j: builder.add(j, INT(BLOCK)), BLOCK if busy else 1)
+                blocks = adding_blocks(lambda j: builder.add(j, INT(BLOCK)), BLOCK)
                 sums = loop(builder, INT(0), whole, BLOCK, zeros, blocks)
-                return loop(builder, whole, k, BLOCK, sums, adding_blocks(lambda j: k, 1))
+                return loop(builder, whole, k, BLOCK, sums, adding_blocks(end_of, 1))
 
             def in_q8():  # type: ignore[no-untyped-def]
                 starts, lines = columns(w, BYTE, w_at, w_step), lines_of(1)
