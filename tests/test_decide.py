@@ -22,6 +22,7 @@ def one_row():
 @pytest.mark.parametrize("faster", ["float32", "bfloat16"])
 def test_precision_is_what_the_probe_found_faster(monkeypatch, faster):
     """Bug: bfloat16 is taken on a processor where it is twice as slow."""
+    monkeypatch.setattr(room, "SLOW_PAIRS", False)
     monkeypatch.setattr(room, "bfloat16_cost", lambda: 0.5)
     monkeypatch.setattr(room, "probe", lambda module, batch, device, name: 1.0 if name == faster else 2.0)
     decisions = decide(TrainConfig(steps=10), NextTokenLoss(ThinkerLM(CONFIG)), one_row(), "cpu")
@@ -39,6 +40,14 @@ def test_what_a_processor_emulates_is_not_probed(monkeypatch):
     assert probed == ["float32"]
     assert decisions.precision == "float32"
     assert decisions.reasons[0] == "float32: a product takes 6.9 times as long in bfloat16 here"
+
+
+def test_what_is_known_to_be_slow_is_not_timed(monkeypatch):
+    """Bug: products that take twice as long, or not quite, as that is timed: one precision today, another tomorrow."""
+    monkeypatch.setattr(room, "bfloat16_cost", lambda: 1.4)
+    for slow in (False, True):
+        monkeypatch.setattr(room, "SLOW_PAIRS", slow)
+        assert room.worth_probing() == (("float32",) if slow else ("float32", "bfloat16"))
 
 
 def test_what_kernels_there_are_is_said(monkeypatch):

@@ -36,7 +36,7 @@ TILES = _FEATURES.get("amx-bf16", False)
 PAIRS_OF_BFLOAT16 = _FEATURES.get("avx512bf16", False)
 # Intel's processors that have tiles take such pairs at half the rate of float32, as measured on Emerald Rapids under a
 # system that keeps the tiles to itself.
-GAINS_BY_BFLOAT16 = TILES or (PAIRS_OF_BFLOAT16 and "rapids" not in _NAME)
+SLOW_PAIRS = "rapids" in _NAME and not TILES
 # Torch's library of float32 products has one kernel for all of AMD's processors, and takes a fifth to a third longer
 # than ours, as measured on Zen 3.
 NEGLECTED = JOINS_PRODUCTS and _ZEN and not WIDE

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..compiled.library import Kernel
-from ..compiled.processor import GAINS_BY_BFLOAT16, JOINS_PRODUCTS, NEGLECTED, PAIRS_OF_BFLOAT16, TILES
+from ..compiled.processor import JOINS_PRODUCTS, NEGLECTED, PAIRS_OF_BFLOAT16, SLOW_PAIRS, TILES
 
 SHARED = "parts", "scratch", "step_scratch"  # how a task is cut, the first part's own memory, bytes to the next one's
 SOURCES = list(Path(__file__).parent.glob("*.py"))
@@ -64,8 +64,8 @@ def form() -> Literal["tiles", "pairs", "none"]:
 
 @torch.compiler.assume_constant_result
 def numbers() -> torch.dtype:
-    """What is fastest in training on this processor, and has kernels: bfloat16 if it gains by that, else float32."""
-    return torch.bfloat16 if multiplies(torch.bfloat16) and GAINS_BY_BFLOAT16 else torch.float32
+    """What is fastest in training on this processor, and has kernels: bfloat16 if it is quick in that, else float32."""
+    return torch.bfloat16 if multiplies(torch.bfloat16) and not SLOW_PAIRS else torch.float32
 
 
 @cache

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..compiled.processor import NEGLECTED
+from ..compiled.processor import NEGLECTED, SLOW_PAIRS
 from ..config import ThinkerConfig
 from ..fused import attention, gating, kernels, norm
 from ..loss import LossParts, NextTokenLoss
@@ -160,7 +160,7 @@ def own_kernels(config: ThinkerConfig, compiled: bool) -> str:
 
 def worth_probing() -> tuple[Precision, ...]:
     """The precisions among which a probe decides on a processor: not bfloat16 where products are slow."""
-    return ("float32", "bfloat16") if bfloat16_cost() < HOPELESS else ("float32",)
+    return ("float32", "bfloat16") if not SLOW_PAIRS and bfloat16_cost() < HOPELESS else ("float32",)
 
 
 @cache
