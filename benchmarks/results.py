@@ -155,8 +155,9 @@ def save_overview(folders: Path) -> None:
         "column is a kind of processor: one with AMX, or by LLVM's name for it (znver is AMD's Zen). Its folder has",
         "all figures, with spreads, versions and dates. **Bold** is as good as was dreamt of; what falls short of the",
         "least that is wanted says so. Those of training are aims for processors with bfloat16, which Zen 1 and 3",
-        "haven't. llama.cpp is compiled for the processor, but without AMX, which GCC 12 breaks. The lines about",
-        "learning are in [learning](learning/RESULTS.md).",
+        "haven't; Emerald Rapids, as measured here under a system that hides AMX, has it at half the speed of float32.",
+        "llama.cpp is compiled for the processor, but without AMX, which GCC 12 breaks. The lines about learning are",
+        "in [learning](learning/RESULTS.md).",
         "",
         *_table(
             ["", "at least", "dream", *(f"[{name}]({folders.name}/{name}/RESULTS.md)" for name in machines)],
