@@ -24,8 +24,8 @@ CONVERTS = MACHINE == "aarch64" or _FEATURES.get("f16c", False)
 # measured: Zen 4 keeps near what falls out of a core's own cache, and its memory is quick; Zen 3's cache has to hold
 # them, and its memory answers more slowly; Emerald Rapids is the slower for it.
 _NAME = binding.get_host_cpu_name()
-_ZEN, _NEW = _NAME.startswith("znver"), _NAME in ("znver4", "znver5")
-FETCHED, PIECE = (1 << 24, 2048) if _NEW else (1 << 21, 512) if _ZEN else (0, 2048)
+_ZEN = _NAME.startswith("znver")
+FETCHED, PIECE = (0, 2048) if not _ZEN else (1 << 24, 2048) if WIDE else (1 << 21, 512)
 # Into which cache a product's next weights come, counted from memory, and for how many turns of rows at least. With
 # fewer, Emerald Rapids foresees them by itself, and is done a fifth sooner; its nearest cache holds the present ones.
 NEXT_INTO, FETCHING_TURNS = (3, 1) if _ZEN else (2, 3)
