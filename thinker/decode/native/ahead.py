@@ -1,7 +1,8 @@
 """What a thread will soon read: pieces of keys and values that its products have fetched on the way, a token's vector.
 
 Attention waits for memory, products for the processor. Where each row has a slot of its own, the caches outgrow the
-processor's, and a layer's keys and values come while the layer before is computed. Nothing is read, only asked for.
+processor's, and a layer's keys and values come while the layer before is computed, where that is a gain. Nothing is
+read, only asked for.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def plan_ahead(me, s, job):  # type: ignore[no-untyped-def]
     """List the first layer's pieces in the order in which `attend` takes them; none for neighbours in a slot."""
     words = integers(pieces(me, s), 0, s.ahead)
     count, size = 0, 2 if s.cached == FLOAT16 else 4
-    if job.together == 1 and job.rows >= MANY_ROWS:
+    if PIECES > 0 and job.together == 1 and job.rows >= MANY_ROWS:
         heads, first, last = share_of_attention(me, s, job)
         for item in range(first, last):
             row, group = item % job.rows, item // job.rows * heads // (s.heads // s.groups)

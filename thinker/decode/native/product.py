@@ -45,6 +45,7 @@ from .layout import BLOCK, FLOAT16, PANEL, PIECE, Q8
 CACHE_LINE = 64  # bytes
 AT_ONCE = 4  # of them are asked for at once, even if that is more than a call's part: a loop by ones costs 4 %
 STREAM = 8192  # bytes that a stream of weights is asked for ahead
+NEAREST = 3  # of the caches, as `fetch` counts them
 BROAD = 32 // PANEL  # panels that `LOW` rows take at once
 
 
@@ -78,12 +79,12 @@ def _tile(rows: int, panels: int, dots: bool = DOTS) -> Any:
     Each block of 32 inputs is added up by itself, then joined to the sum of those before, which rounds off a third of
     what one long sum does (through SmolLM2's 30 layers: logits as near to float64 as torch's). As `kind` says, w is
     float32, or float16 (keys and values), or Q8_0: then x has been rounded too (`rows.to_int16`), and a block's
-    sum is one of integers, exact, and scaled as a whole. Meanwhile the next weights are fetched: for many rows, which
-    use panels over and over in so many `turns`, a part of the next ones in each `turn`; and for each block of inputs
-    the next PIECE bytes of those at `ahead`, which is a list of addresses. `dots` says how bytes are multiplied, and so
-    how they lie.
+    sum is one of integers, exact, and scaled as a whole. Meanwhile, where the processor gains by it, the next weights
+    are fetched: for many rows, which use panels over and over in so many `turns`, a part of the next ones in each
+    `turn`; and for each block of inputs the next PIECE bytes of those at `ahead`, which is a list of addresses. `dots`
+    says how bytes are multiplied, and so how they lie.
     """
-    busy = rows == TALL  # long enough with one load that others' come meanwhile
+    brings = rows == TALL and FETCHED > 0  # long enough with one load that others' come meanwhile
     group, add = (4, _add_fours) if dots else (2, _add_pairs)
     places = [divmod(lane, PANEL) for lane in range(0, panels * PANEL, LANES)]  # panel and lane of each vector
     vectors = len(places)
@@ -106,7 +107,7 @@ def _tile(rows: int, panels: int, dots: bool = DOTS) -> Any:
                 count = size * BLOCK * PANEL // CACHE_LINE
                 return [builder.sdiv(builder.mul(at, INT(count)), turns) for at in (turn, builder.add(turn, INT(1)))]
 
-            def fetch_weights(starts, lines, j, further):  # type: ignore[no-untyped-def]
+            def fetch_weights(starts, lines, j, further, into):  # type: ignore[no-untyped-def]
                 """Have those lines fetched of each panel, so many elements behind the block that begins with j."""
                 for start, (_, lane) in zip(starts, places, strict=True):
                     if lane == 0:
@@ -116,7 +117,7 @@ def _tile(rows: int, panels: int, dots: bool = DOTS) -> Any:
                         def some(line, _, address=address):  # type: ignore[no-untyped-def]
                             place = builder.gep(address, [builder.mul(line, INT(CACHE_LINE))])
                             for following in range(AT_ONCE):
-                                fetch(builder, place, following * CACHE_LINE, NEXT_INTO if rows > 1 else 3)
+                                fetch(builder, place, following * CACHE_LINE, into)
                             return []
 
                         loop(builder, lines[0], lines[1], AT_ONCE, [], some)
@@ -124,7 +125,7 @@ def _tile(rows: int, panels: int, dots: bool = DOTS) -> Any:
             def fetch_next(starts, lines, j):  # type: ignore[no-untyped-def]
                 """Have those lines fetched of the panels that come next, if there are turns enough."""
                 with builder.if_then(builder.icmp_signed(">=", turns, INT(FETCHING_TURNS))):
-                    fetch_weights(starts, lines, j, builder.mul(w_step, INT(panels)))
+                    fetch_weights(starts, lines, j, builder.mul(w_step, INT(panels)), NEXT_INTO)
 
             def fetch_piece(j):  # type: ignore[no-untyped-def]
                 """Have fetched what the list has for the block of inputs that begins with j."""
@@ -163,17 +164,16 @@ def _tile(rows: int, panels: int, dots: bool = DOTS) -> Any:
                     def block(j, sums):  # type: ignore[no-untyped-def]
                         if rows > 1 and element == FLOAT:
                             fetch_next(starts, lines, j)
-                        if busy and FETCHED:
+                        if brings:
                             fetch_piece(j)
                         parts = loop(builder, j, end_of(j), at_once, zeros, adding(at_once))
                         return [builder.fadd(total, part) for total, part in zip(sums, parts, strict=True)]
 
                     return block
 
-                if not busy:
+                if rows < TALL:
                     return loop(builder, INT(0), k, BLOCK, zeros, adding_blocks(end_of, 1))
-                # Written out, a block comes a sixth sooner for eight rows whose weights are far: more loads are on
-                # their way.
+                # Written out, a block of eight rows whose weights are far comes up to a sixth sooner (Emerald Rapids).
                 whole = builder.and_(k, INT(-BLOCK))
                 blocks = adding_blocks(lambda j: builder.add(j, INT(BLOCK)), BLOCK)
                 sums = loop(builder, INT(0), whole, BLOCK, zeros, blocks)
@@ -227,8 +227,8 @@ def _tile(rows: int, panels: int, dots: bool = DOTS) -> Any:
                     if rows > 1:
                         fetch_next(starts, lines, j)
                     elif panels == 1:
-                        fetch_weights(starts, lines, j, INT(STREAM))
-                    if busy and FETCHED:
+                        fetch_weights(starts, lines, j, INT(STREAM), NEAREST)
+                    if brings:
                         fetch_piece(j)
                     place = builder.sdiv(j, INT(BLOCK))
                     begin = [beside(row, WORD, builder.add(blocks, place)) for row in inputs for _ in places]
