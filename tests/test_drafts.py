@@ -77,6 +77,23 @@ def test_drafts_are_right_where_int8_loses_nothing(config, sampling, drafting):
     assert right >= 0.95 * tried > 10, (tried, right)
 
 
+def test_only_the_end_of_a_text_cuts_a_check_short(drafting, monkeypatch):
+    """Bug: a call's last check reads all weights for the few tokens that are left of the call, not of the text."""
+    wanted, given, write_ahead = 60, [], Crew.write_ahead
+
+    def note(self, model, draft, length, turns, checks):
+        write_ahead(self, model, draft, length, turns, checks)
+        given.append((wanted - sum(done for *_, done in given), (length + 1) * checks, turns, int(model.job["done"])))
+
+    decoder = NativeDecoder(files_of(model_of(small("dense", d_ff=64, ctx_len=64))), threads=1)
+    text_of(decoder, Sampling(), (wanted,))
+    monkeypatch.setattr(Crew, "write_ahead", note)
+    text_of(decoder, Sampling(), (wanted,))
+    assert len(given) > 1
+    for left, at_most, turns, _ in given:
+        assert at_most <= turns or turns == left, given
+
+
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_nothing_is_drawn_behind_the_end_of_a_text(sampling, drafting):
     """Bug: the check draws on behind a drafted stop id, so that a text that goes on all the same is another."""

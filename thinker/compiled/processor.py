@@ -29,6 +29,8 @@ FETCHED, PIECE = (0, 2048) if not _ZEN else (1 << 24, 2048) if WIDE else (1 << 2
 # Into which cache a product's next weights come, counted from memory, and for how many turns of rows at least. With
 # fewer, Emerald Rapids foresees them by itself, and is done a fifth sooner; its nearest cache holds the present ones.
 NEXT_INTO, FETCHING_TURNS = (3, 1) if _ZEN else (2, 3)
+# Bytes that a single stream of weights is asked for ahead.
+STREAM = 8192 if _ZEN else 4096
 # One instruction multiplies eight pairs of float32 numbers and adds them to others, rounding once.
 JOINS_PRODUCTS = PAIRS and _FEATURES.get("fma", False)
 # One instruction multiplies matrices of bfloat16, 16 by 32 times 32 by 16; or 32 pairs, which it adds up in twos.

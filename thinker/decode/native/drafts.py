@@ -64,7 +64,7 @@ class Drafts:
             # Another text may be easier to foresee, so that drafts are worth a try some time.
             self._right += FORGOTTEN * (USUAL * self._tried - self._right)
             return None
-        drawn = self._write(slot, held, token, draws, stop, length, min(left, BURST))
+        drawn = self._write(slot, held, token, draws, stop, length, min(left, BURST), BURST // (length + 1))
         job = self._model.job
         kept = MEMORY ** int(job["checked"])
         self._tried, self._right = kept * self._tried + int(job["tried"]), kept * self._right + int(job["right"])
@@ -89,9 +89,9 @@ class Drafts:
         stop: np.ndarray,
         length: int,
         most: int,
-        checks: int = BURST,
+        checks: int,
     ) -> np.ndarray:
-        """As `write`, in drafts of so many tokens, `most` of them in all."""
+        """As `write`, in drafts of so many tokens, with so many `checks` at most, `most` tokens in all."""
         assert self._draft is not None
         assert self._draws is not None
         self._model.draw_with(draws, stop)

@@ -19,7 +19,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ...compiled.memory import pointer
-from ...compiled.processor import DOTS, FETCHED, FETCHING_TURNS, LOW, NEXT_INTO, PAIRS, TALL
+from ...compiled.processor import DOTS, FETCHED, FETCHING_TURNS, LOW, NEXT_INTO, PAIRS, STREAM, TALL
 from ...compiled.vectors import (
     BYTE,
     FLOAT,
@@ -44,7 +44,6 @@ from .layout import BLOCK, FLOAT16, PANEL, PIECE, Q8
 
 CACHE_LINE = 64  # bytes
 AT_ONCE = 4  # of them are asked for at once, even if that is more than a call's part: a loop by ones costs 4 %
-STREAM = 8192  # bytes that a stream of weights is asked for ahead
 NEAREST = 3  # of the caches, as `fetch` counts them
 BROAD = 32 // PANEL  # panels that `LOW` rows take at once
 
