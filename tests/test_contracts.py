@@ -24,7 +24,8 @@ PACKAGE = Path(thinker.__file__).parent
 FLOORS = (
     {"places", "config", "rope", "compiled", "sampling", "sampling_kernels"}
     | {"tokenizer", "messages", "chat", "plots"},
-    {"model", "activations", "attention", "fused", "linear", "moe", "cache", "trace", "loss", "modality", "data"},
+    {"model", "activations", "attention", "fused", "linear", "moe", "cache", "parameters", "trace", "loss"}
+    | {"modality", "data"},
     {"checkpoint", "formats"},
     {"decode", "stop_strings", "generate", "evaluate", "attachments", "answers", "llm"},
     {"train", "doctor", "certificate", "bench", "harness", "serve", "commands"},

@@ -20,6 +20,7 @@ from conftest import ARCHITECTURES, small
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from test_training_state import parameters
 
+from thinker.checkpoint.reader import widen
 from thinker.config import RopeScaling, ThinkerConfig
 from thinker.formats import Modality, ModelFiles, Q8Tensor, open_model
 from thinker.formats.gguf_export import ExportType, export_gguf, exportable
@@ -59,10 +60,6 @@ def model_files(config: ThinkerConfig, tokenizer: Tokenizer | None = None, **fie
     return ModelFiles(config=config, **(special | values | fields))
 
 
-def wide(tensor: np.ndarray | Q8Tensor) -> np.ndarray:
-    return tensor.to_float32() if isinstance(tensor, Q8Tensor) else np.asarray(tensor, np.float32)
-
-
 # --- Q8_0 -------------------------------------------------------------------------------------------------------------
 
 
@@ -78,11 +75,11 @@ def test_rounds_as_ggml_does(shape: tuple[int, ...]) -> None:
     assert np.array_equal(found.scales.view(np.uint8), judged[..., :2].reshape(*found.scales.shape[:-1], -1))
     assert np.array_equal(found.quants.reshape((*judged.shape[:-1], 32)).view(np.uint8), judged[..., 2:])
     blocks = judged.reshape(*shape[:-1], -1)
-    assert np.array_equal(found.to_float32(), gguf.dequantize(blocks, GGMLQuantizationType.Q8_0))
+    assert np.array_equal(widen(found), gguf.dequantize(blocks, GGMLQuantizationType.Q8_0))
     assert found.shape == array.shape
     # An eight-bit grid: half a step of max / 127, and the scale's own rounding to 11 bits.
     limit = np.abs(array.reshape(-1, 32)).max(axis=1, keepdims=True) * (0.5 / 127 + 2.0**-11) + 2.0**-24 * 128
-    assert np.all(np.abs(found.to_float32() - array).reshape(-1, 32) <= limit)
+    assert np.all(np.abs(widen(found) - array).reshape(-1, 32) <= limit)
 
 
 def test_rounding_again_changes_nothing() -> None:
@@ -90,8 +87,8 @@ def test_rounding_again_changes_nothing() -> None:
     array = np.random.default_rng(0).standard_normal((64, 96)).astype(ml_dtypes.bfloat16)
     once = Q8Tensor.quantise(array)
     part = once[3:5]
-    assert np.array_equal(part.to_float32(), once.to_float32()[3:5])
-    assert np.array_equal(once[[5, 3]].to_float32(), once.to_float32()[[5, 3]])
+    assert np.array_equal(widen(part), widen(once)[3:5])
+    assert np.array_equal(widen(once[[5, 3]]), widen(once)[[5, 3]])
 
 
 @pytest.mark.parametrize(("array", "reason"), [(np.ones((2, 33)), "33"), (np.ones(()), "0"), (np.full(32, 1e8), "1e")])
@@ -137,8 +134,8 @@ def test_reads_what_gguf_reads(tmp_path: Path) -> None:
         assert (value.tolist() if isinstance(value, np.ndarray) else value) == field.contents(), key
     assert set(ours.entries) == {tensor.name for tensor in judged.tensors}
     for tensor in judged.tensors:
-        assert np.array_equal(wide(ours.tensor(tensor.name)), tensor.data), tensor.name
-        assert not wide(ours.tensor(tensor.name)).flags.writeable or tensor.name == "two"
+        assert np.array_equal(widen(ours.tensor(tensor.name)), tensor.data), tensor.name
+        assert not widen(ours.tensor(tensor.name)).flags.writeable or tensor.name == "two"
 
 
 @pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
@@ -155,7 +152,7 @@ def test_every_type_is_decoded_as_gguf_does(tmp_path: Path, kind: GGMLQuantizati
     writer.close()
     found = GGUFFile(tmp_path / "a.gguf").tensor("t")
     assert found.shape == (3, 512)
-    assert np.array_equal(wide(found), gguf.dequantize(raw, kind))
+    assert np.array_equal(widen(found), gguf.dequantize(raw, kind))
     assert isinstance(found, Q8Tensor) == (kind == GGMLQuantizationType.Q8_0)
 
 
@@ -239,7 +236,7 @@ def test_the_untampered_file_is_read(tmp_path: Path) -> None:
     """Catches checks so strict that the cases above would fail for a reason of their own."""
     path = tmp_path / "good.gguf"
     path.write_bytes(container([field("general.alignment", 4, struct.pack("<I", 32))]))
-    assert wide(GGUFFile(path).tensor("t")).tolist() == [0, 0, 0, 0]
+    assert widen(GGUFFile(path).tensor("t")).tolist() == [0, 0, 0, 0]
 
 
 def test_every_truncation_is_noticed(tmp_path: Path) -> None:
@@ -257,7 +254,7 @@ FUZZ = """
 import random, resource, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
-from test_gguf import CORPUS, Tokenizer, export_gguf, model_files, small, wide
+from test_gguf import CORPUS, Tokenizer, export_gguf, model_files, small, widen
 from thinker.formats import open_model
 
 path = Path(sys.argv[1])
@@ -287,7 +284,7 @@ for _ in range(int(sys.argv[2])):
     try:
         files = open_model(path)
         for name in files.tensors:
-            wide(files.tensors[name]).sum()
+            widen(files.tensors[name]).sum()
         outcomes["read"] += 1
     except ValueError as error:
         assert str(path) in str(error) and "\\n" not in str(error), error
@@ -327,7 +324,7 @@ def test_comes_back_bit_for_bit(tmp_path: Path, config: ThinkerConfig, tokenizer
     assert disagreement(found.config, files.config) is None
     assert set(found.tensors) == set(files.tensors)
     for name, array in files.tensors.items():
-        assert wide(found.tensors[name]).tobytes() == wide(array).tobytes(), name
+        assert widen(found.tensors[name]).tobytes() == widen(array).tobytes(), name
     for key in ("bos_id", "eos_ids", "pad_id", "add_bos", "chat_template", "dtype"):
         assert getattr(found, key) == getattr(files, key), key
 
@@ -362,7 +359,7 @@ def test_scores_are_the_same_under_llama_cpps_rope(tmp_path: Path, config: Think
         ours = [files.tensors[f"blocks.1.attn.{part}.weight"] for part in "qk"]
     else:
         ours = np.split(files.tensors["blocks.1.attn.qkv.weight"], 3)[:2]
-    theirs = [wide(file.tensor(f"blk.1.attn_{part}.weight")) for part in "qk"]
+    theirs = [widen(file.tensor(f"blk.1.attn_{part}.weight")) for part in "qk"]
     neighbours = file.fields["general.architecture"] in ("llama", "arcee")
     assert neighbours != config.use_qk_norm
     expected = scores(*ours, neighbours=False)
@@ -385,10 +382,10 @@ def test_narrow_types_hold_what_they_can(
             expected = array
         elif kind == "q8_0":
             assert isinstance(found.tensors[name], Q8Tensor), name
-            expected = Q8Tensor.quantise(array).to_float32()
+            expected = widen(Q8Tensor.quantise(array))
         else:
             expected = array.astype(np.float16 if kind == "f16" else ml_dtypes.bfloat16).astype(np.float32)
-        assert np.array_equal(wide(found.tensors[name]), expected), name
+        assert np.array_equal(widen(found.tensors[name]), expected), name
     export_gguf(replace(found, path=files.path), tmp_path / "b.gguf", kind)
     assert (tmp_path / "b.gguf").read_bytes() == (tmp_path / "a.gguf").read_bytes()
 
@@ -881,7 +878,7 @@ def test_llama_cpp_computes_the_same(
     files = open_model(tmp_path / "a.gguf")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(torch.from_numpy(np.array(wide(files.tensors[name]))))
+            parameter.copy_(torch.from_numpy(np.array(widen(files.tensors[name]))))
     llama = llama_cpp.Llama(
         str(tmp_path / "a.gguf"), n_ctx=48, logits_all=True, verbose=False, type_k=0, type_v=0, n_threads=1
     )

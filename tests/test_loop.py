@@ -343,12 +343,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(text, 
 def test_the_published_view_is_the_model(text, tmp_path):
     """Bug: what others open is an older step, or the unfolded layer scale."""
     from thinker.formats import open_model
-    from thinker.llm import load_parameters
+    from thinker.parameters import load_parameters
 
     run, _ = train(text, tmp_path / "run", ARCHITECTURE.changed(layer_scale=0.3, dropout=0.0))
     files = open_model(tmp_path / "run")
     published = ThinkerLM(files.config)
-    load_parameters(published, files.tensors)
+    load_parameters(published, files.tensors, "published")
     tokens = torch.randint(0, 300, (2, 32))
     with torch.no_grad():
         ours = run.model.eval()(tokens)

@@ -12,10 +12,11 @@ from conftest import randomise
 from thinker.modality.audio import SoundEncoder
 from thinker.modality.augment import DRAWS, changed_pictures, changed_sounds
 from thinker.modality.projector import Projector
-from thinker.modality.senses import HEARD_AT_ONCE, Senses, alike, copy_tensors, take_over
+from thinker.modality.senses import HEARD_AT_ONCE, Senses, alike, take_over
 from thinker.modality.settings import PictureConfig, ProjectorConfig, SensesConfig, SoundConfig
 from thinker.modality.vision import PictureEncoder
 from thinker.model import Block
+from thinker.parameters import load_parameters
 
 PICTURE = PictureConfig.model_validate({"width": 16, "size": 12, "patch": 4, "channels": 3, "heads": 2})
 SOUND = SoundConfig.model_validate({"width": 24, "mels": 10, "heads": 2, "max_seconds": 1})
@@ -176,10 +177,10 @@ def test_tensors_are_copied_whole_or_not_at_all():
     """Catches a file of other senses that is half taken."""
     one, other = randomise(senses()), randomise(senses(), seed=1)
     tensors = {name: p.detach().numpy().copy() for name, p in one.named_parameters()}
-    copy_tensors(other, tensors, "x")
+    load_parameters(other, tensors, "x")
     assert all((p.detach().numpy() == tensors[name]).all() for name, p in other.named_parameters())
-    with pytest.raises(ValueError, match="differ in 1 parameters"):
-        copy_tensors(other, {name: v for name, v in tensors.items() if name != "image.encoder.position"}, "x")
+    with pytest.raises(ValueError, match="x: has other parameters than the model, 1 of them"):
+        load_parameters(other, {name: v for name, v in tensors.items() if name != "image.encoder.position"}, "x")
 
 
 def test_a_sense_of_the_same_build_is_taken_over():

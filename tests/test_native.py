@@ -129,7 +129,7 @@ def test_int8_has_the_numbers_of_q8_0(config, monkeypatch):
     with torch.no_grad():
         for name, parameter in rounded.named_parameters():
             if parameter.dim() > 1 and ".router." not in name:
-                parameter.copy_(torch.from_numpy(Q8Tensor.quantise(parameter.numpy()).to_float32()))
+                parameter.copy_(torch.from_numpy(np.asarray(Q8Tensor.quantise(parameter.numpy()))))
     for name, module in rounded.named_modules():
         if isinstance(module, torch.nn.Linear) and "router" not in name:
             module.register_forward_pre_hook(lambda _, given: (rounded_rows(given[0]),))

@@ -21,9 +21,10 @@ from .chat import ChatFormat
 from .formats import Modality, Q8Tensor
 from .messages import Message, Part, media_parts
 from .modality.media import Medium, attachment, medium_of
-from .modality.senses import Senses, copy_tensors
+from .modality.senses import Senses
 from .modality.sequence import PLACEHOLDERS, Expanded, expand, placeholder_ids, splice
 from .modality.settings import Kind
+from .parameters import load_parameters
 
 KEPT = 64  # media whose embeddings are kept
 _MARKERS: dict[str, Kind] = {marker: kind for kind, marker in PLACEHOLDERS.items()}
@@ -35,11 +36,10 @@ class Reader:
     """What a model with senses makes of messages. `table` is its embedding (V, D)."""
 
     def __init__(self, modality: Modality, table: np.ndarray | Q8Tensor, chat_format: ChatFormat, where: str) -> None:
-        wide = table.to_float32() if isinstance(table, Q8Tensor) else np.asarray(table, np.float32)
-        self._table, self._format = wide, chat_format
+        self._table, self._format = np.asarray(table, np.float32), chat_format
         self._placeholders = placeholder_ids(chat_format.tokenizer)
-        self.senses = Senses(modality.config, wide.shape[1]).eval()
-        copy_tensors(self.senses, modality.tensors, where)
+        self.senses = Senses(modality.config, self._table.shape[1]).eval()
+        load_parameters(self.senses, modality.tensors, where)
         self._kept: OrderedDict[str, tuple[np.ndarray, int]] = OrderedDict()
 
     def length(self, messages: Sequence[Message]) -> int:

@@ -11,16 +11,14 @@ import functools
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, get_args, overload
-
-import numpy as np
 
 from .config import ThinkerConfig
 from .decode.decoder import Decoder
 from .evaluate import Evaluation, Progress, evaluate
-from .formats import ModelFiles, Q8Tensor, open_model
+from .formats import ModelFiles, open_model
 from .generate import Engine, Generation, Piece, Request
 from .messages import Message, check_messages, media_parts, text_of
 from .places import cache_folder
@@ -108,23 +106,6 @@ def _with_context(files: ModelFiles, ctx_len: int, notice: Notice) -> ModelFiles
     return dataclasses.replace(files, config=files.config.changed(ctx_len=ctx_len))
 
 
-def load_parameters(model: ThinkerLM, tensors: Mapping[str, np.ndarray | Q8Tensor]) -> None:
-    """Copy tensors by name into a model's parameters, a tied one once. `ValueError` when names or shapes differ."""
-    import torch
-
-    parameters = dict(model.named_parameters())
-    if parameters.keys() != set(tensors):
-        odd = sorted(parameters.keys() ^ set(tensors))
-        raise ValueError(f"the file and the model differ in {len(odd)} parameters, {odd[0]} first")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            tensor = tensors[name]
-            wide = tensor.to_float32() if isinstance(tensor, Q8Tensor) else np.array(tensor, np.float32)
-            if wide.shape != tuple(parameter.shape):
-                raise ValueError(f"{name} is {wide.shape} in the file, {tuple(parameter.shape)} in the model")
-            parameter.copy_(torch.from_numpy(wide))
-
-
 def holds_media(messages: Sequence[Message]) -> bool:
     """Whether there is a picture or a sound in a conversation. Raises `ValueError` for messages that are none."""
     check_messages(messages)
@@ -160,10 +141,11 @@ class LLM:
         import torch
 
         from .model import ThinkerLM
+        from .parameters import load_parameters
 
         with torch.inference_mode(False):  # whatever the first call stands in
             model = ThinkerLM(self.config)
-            load_parameters(model, self.files.tensors)
+            load_parameters(model, self.files.tensors, str(self.files.path))
         dtype = "float32" if self._dtype in (None, "int8") else self._dtype
         device = "cuda" if self._in_torch and torch.cuda.is_available() else "cpu"
         return model.to(device, getattr(torch, str(dtype))).eval()

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..checkpoint.publish import Publication, write_view
 from ..checkpoint.reader import widen
-from ..formats import ModelFiles, Q8Tensor
+from ..formats import ModelFiles
 from ..formats.gguf_export import check_exportable, export_gguf
 from ..formats.huggingface import expressible
 from ..formats.tensors import LazyTensors
@@ -172,8 +172,7 @@ def float_tensors(files: ModelFiles) -> LazyTensors:
 
     def make(name: str) -> Callable[[], np.ndarray]:
         def read() -> np.ndarray:
-            tensor = files.tensors[name]
-            return tensor.to_float32() if isinstance(tensor, Q8Tensor) else widen(tensor)
+            return widen(files.tensors[name])
 
         return read
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import ArrayLike
 
 from .files import parse_json, read_json
 
@@ -175,9 +176,9 @@ def refuse_pickle(path: Path) -> None:
         )
 
 
-def widen(array: np.ndarray) -> np.ndarray:
+def widen(array: ArrayLike) -> np.ndarray:
     """The values as float32; float32 arrays come back as they are."""
-    return array.astype(np.float32, copy=False)
+    return np.asarray(array, np.float32)
 
 
 def all_finite(array: np.ndarray) -> bool:

@@ -140,7 +140,7 @@ def _encode(tensor: Array, kind: GGMLQuantizationType, where: str) -> np.ndarray
         blocks[..., :2] = np.ascontiguousarray(q8.scales).astype("<f2")[..., None].view(np.uint8)
         blocks[..., 2:] = q8.quants.reshape(*q8.scales.shape, BLOCK).view(np.uint8)
         return blocks
-    wide = tensor.to_float32() if isinstance(tensor, Q8Tensor) else tensor
+    wide = np.asarray(tensor)
     if kind == GGMLQuantizationType.F32:
         return np.ascontiguousarray(widen(wide))
     if kind == GGMLQuantizationType.BF16:

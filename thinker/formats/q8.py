@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 BLOCK = 32
 ROWS = 4096  # rows rounded together: bounds the memory for temporary copies
@@ -36,11 +37,13 @@ class Q8Tensor:
         """Part of it; the index must leave the last axis, which holds the blocks, whole."""
         return Q8Tensor(self.quants[index], self.scales[index])
 
-    def to_float32(self) -> np.ndarray:
-        """The values, exactly: a product of 8 and 11 bits fits float32."""
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
+        """The values, for `np.asarray(tensor, np.float32)`, exactly: a product of 8 and 11 bits fits float32."""
+        if copy is False:
+            raise ValueError("the values of a Q8Tensor are computed: they can't be had without a copy")
         blocks = self.quants.reshape(*self.scales.shape, BLOCK).astype(np.float32)
         blocks *= self.scales.astype(np.float32)[..., None]
-        return blocks.reshape(self.shape)
+        return blocks.reshape(self.shape).astype(dtype or np.float32, copy=False)
 
     @classmethod
     def quantise(cls, array: np.ndarray) -> Q8Tensor:

@@ -53,7 +53,7 @@ class Recipe:
                 self._join([part.quants for part in quantised], self.shape),
                 self._join([part.scales for part in quantised], (*self.shape[:-1], columns)),
             )
-        return self._join([part.to_float32() if isinstance(part, Q8Tensor) else part for part in parts], self.shape)
+        return self._join([np.asarray(part) for part in parts], self.shape)
 
     def _join(self, parts: list[np.ndarray], shape: Shape) -> np.ndarray:
         kinds = {part.dtype for part in parts}

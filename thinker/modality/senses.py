@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..parameters import load_parameters
 from .audio import SoundEncoder
 from .augment import changed_pictures, changed_sounds
 from .projector import Projector
@@ -99,19 +100,6 @@ class Senses(nn.Module):
         return sense
 
 
-def copy_tensors(senses: Senses | Sense, tensors: Mapping[str, np.ndarray], where: str) -> None:
-    """Copy tensors by name into all parameters. Raises `ValueError` when names or shapes differ."""
-    parameters = dict(senses.named_parameters())
-    if parameters.keys() != set(tensors):
-        odd = sorted(parameters.keys() ^ set(tensors))
-        raise ValueError(f"{where}: senses and file differ in {len(odd)} parameters, {odd[0]} first")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if tensors[name].shape != tuple(parameter.shape):
-                raise ValueError(f"{where}: {name} is {tensors[name].shape}, expected {tuple(parameter.shape)}")
-            parameter.copy_(torch.from_numpy(np.array(tensors[name], np.float32)))
-
-
 def take_over(senses: Senses, config: SensesConfig, tensors: Mapping[str, np.ndarray]) -> None:
     """Begin with what another model has learned, for each sense that is built in the same way there."""
     for kind in senses.config.kinds:
@@ -119,4 +107,4 @@ def take_over(senses: Senses, config: SensesConfig, tensors: Mapping[str, np.nda
         if theirs is None or ours.structure() != theirs.structure():
             continue
         own = {name: values for name, values in tensors.items() if name.startswith(f"{kind}.")}
-        copy_tensors(senses.of(kind), {name.partition(".")[2]: values for name, values in own.items()}, kind)
+        load_parameters(senses.of(kind), {name.partition(".")[2]: values for name, values in own.items()}, kind)

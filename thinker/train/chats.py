@@ -56,7 +56,7 @@ def with_turns(
 
 
 def _grown(weight: np.ndarray | Q8Tensor, rows: int) -> np.ndarray:
-    wide = weight.to_float32() if isinstance(weight, Q8Tensor) else np.asarray(weight, np.float32)
+    wide = np.asarray(weight, np.float32)
     return np.concatenate([wide, np.repeat(wide.mean(axis=0, keepdims=True), rows - len(wide), axis=0)])
 
 

@@ -23,11 +23,11 @@ from ..data.chat_shards import ChatCorpus
 from ..data.mixing import MixedBatches
 from ..data.packing import PackedBatches
 from ..data.shards import Corpus
-from ..llm import load_parameters
 from ..loss import NextTokenLoss
-from ..modality.senses import Senses, copy_tensors
+from ..modality.senses import Senses
 from ..modality.sequence import placeholder_ids
 from ..model import ThinkerLM
+from ..parameters import load_parameters
 from ..tokenizer import Tokenizer
 from .config import TrainConfig
 from .decide import Decisions
@@ -176,11 +176,11 @@ class Run:
         if path is None or not (another or self.settings.average):
             return
         published = training.load(path)
-        load_parameters(self.model, published.shown)
+        load_parameters(self.model, published.shown, str(path))
         if self.best is None or not another:
             return
         if self.senses is not None and published.modality is not None:
-            copy_tensors(self.senses, published.modality, str(path))
+            load_parameters(self.senses, published.modality, str(path))
         self.looked = None
         early = "ended early, after" if self.overfits else "of"
         say(

@@ -20,10 +20,10 @@ from ..data.chat_shards import ChatCorpus
 from ..data.reading import is_metrics
 from ..data.shards import Corpus
 from ..fused import kernels
-from ..llm import load_parameters
-from ..modality.senses import Senses, copy_tensors, take_over
+from ..modality.senses import Senses, take_over
 from ..modality.settings import SensesConfig
 from ..model import ThinkerLM
+from ..parameters import load_parameters
 from ..tokenizer import Tokenizer
 from .allocator import keep_freed_memory
 from .config import TrainConfig
@@ -59,7 +59,7 @@ def begin(config: ThinkerConfig, settings: TrainConfig, given: set[str], say: Sa
     torch.manual_seed(settings.seed)
     model = ThinkerLM(config)
     if found.parameters is not None:
-        load_parameters(model, found.parameters)
+        load_parameters(model, found.parameters, str(settings.init))
     device = choose_device(settings.device)
     model.to(device)
     senses = None if found.senses is None else Senses(found.senses, config.d_model).to(device)
@@ -187,7 +187,7 @@ def resume(wanted: ThinkerConfig, settings: TrainConfig, given: set[str], say: S
         say(f"here steps may round differently than where the run began: {', '.join(other)}")
     torch.set_num_threads(decisions.threads)
     model = ThinkerLM(config)
-    load_parameters(model, saved.parameters)
+    load_parameters(model, saved.parameters, str(newest))
     model.to(decisions.device)
     batches = batches_of(corpus, settings, config, say)
     if fingerprint_of(corpus, batches) != state["corpus"]:
@@ -196,7 +196,7 @@ def resume(wanted: ThinkerConfig, settings: TrainConfig, given: set[str], say: S
     senses = None
     if seeing is not None and saved.modality is not None:
         senses = Senses(seeing, config.d_model)
-        copy_tensors(senses, saved.modality, str(newest))
+        load_parameters(senses, saved.modality, str(newest))
         senses.to(decisions.device)
     run = assemble(folder, config, settings, decisions, corpus, model, batches, publication, senses)
     tensors = {name: torch.from_numpy(np.array(array)) for name, array in saved.optimizer.items()}

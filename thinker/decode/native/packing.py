@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ...checkpoint.reader import widen
 from ...config import ThinkerConfig
 from ...formats.q8 import BLOCK, Q8Tensor
 from ...rope import rope_tables
@@ -83,14 +84,14 @@ class Packed(Panels):
             self.keep(at + s["at_q_norm"], self.tensors[f"{block}.attn.q_norm.scale"])
             self.keep(at + s["at_k_norm"], self.tensors[f"{block}.attn.k_norm.scale"])
         if config.use_moe:
-            router = as_floats(self.tensors[f"{block}.moe.router.weight"])
+            router = widen(self.tensors[f"{block}.moe.router.weight"])
             count = panels(config.num_experts)
             size = count * PANEL * config.d_model
             to_panels(self.floats[at + s["at_router"] :][:size].reshape(count, -1, PANEL, 1), router)
 
     def keep(self, at: int, values: Any) -> None:
         """A vector or table as it is, in float32."""
-        self.floats[at : at + values.size] = as_floats(values).reshape(-1)
+        self.floats[at : at + values.size] = widen(values).reshape(-1)
 
     def pack(
         self,
@@ -113,12 +114,12 @@ class Packed(Panels):
         k = tensor.shape[-1]
         if self.quantised and k % BLOCK:
             raise ValueError(f"{name} has {k} inputs, and INT8 has blocks of {BLOCK}: use dtype float32")
-        scale = as_floats(self.tensors[factor])[:, None] if factor in self.tensors else None
+        scale = widen(self.tensors[factor])[:, None] if factor in self.tensors else None
         for index, matrix in enumerate([tensor] if len(tensor.shape) == 2 else tensor):
             if scale is not None:
-                matrix = as_floats(matrix) * scale
+                matrix = widen(matrix) * scale
             if not self.quantised:
-                layers = [(self.weights, as_floats(matrix), 1, 1)]
+                layers = [(self.weights, widen(matrix), 1, 1)]
             else:
                 quants, scales = as_q8(matrix)
                 # Bytes without a sign, as `rows.to_int16` explains.
@@ -152,11 +153,6 @@ def to_panels(target: np.ndarray, rows: np.ndarray) -> None:
     if len(rows) % beside:
         rest = rows[whole * beside :]
         target[whole, :, : len(rest)] = rest.reshape(len(rest), depth, group).transpose(1, 0, 2)
-
-
-def as_floats(array: Any) -> np.ndarray:
-    """Any tensor in float32; Q8_0 is multiplied out, exactly."""
-    return array.to_float32() if isinstance(array, Q8Tensor) else np.asarray(array, np.float32)
 
 
 def as_q8(array: Any) -> tuple[np.ndarray, np.ndarray]:
