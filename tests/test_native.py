@@ -22,9 +22,10 @@ from thinker import attention, moe
 from thinker import model as network
 from thinker.compiled import processor
 from thinker.decode.decoder import Decoder
-from thinker.decode.native import ahead, open_native, product, rows, shares
+from thinker.decode.native import ahead, crew, open_native, product, rows, shares
+from thinker.decode.native.decoder import NativeDecoder
 from thinker.decode.native.elementwise import to_float16
-from thinker.decode.native.layout import JOB, PANEL, PIECE, PIECES, QUERIES, SHAPE, SHORT, sparse
+from thinker.decode.native.layout import CHUNK, JOB, PANEL, PIECE, PIECES, QUERIES, SHAPE, SHORT, sparse
 from thinker.decode.native.pace import LEAST, MOST, Pace
 from thinker.decode.torch_decoder import TorchDecoder
 from thinker.formats.q8 import Q8Tensor
@@ -600,3 +601,28 @@ def test_ten_thousand_positions_equal_the_networks(config):
         tokens = tokens_of(config, 640, seed)
         decoder.truncate(0, 0)
         assert_within(decoder.prefill(0, tokens, every=True), logits_of(model, tokens))
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_a_busy_moment_does_not_choose_the_threads_for_good(monkeypatch, drafts):
+    """Bug: a program that was busy while threads were measured halves the speed of whatever is written afterwards."""
+    config = small("dense", d_ff=64, ctx_len=256)
+    files = files_of(model_of(config))
+    chosen = [(1, CHUNK)]
+    monkeypatch.setattr(crew, "processors", lambda: 2)
+    monkeypatch.setattr(crew, "AGAIN", 300)
+    monkeypatch.setattr(crew, "fastest", lambda choices, *_: chosen.pop(0) if chosen else list(choices)[-1])
+    decoder, plain = (NativeDecoder(files, threads=threads, drafts=drafts) for threads in (None, 1))
+    numbers = []
+    for _ in range(4):
+        texts = []
+        for one in (decoder, plain):
+            draws = Draws(1, config.vocab_size)
+            one.truncate(0, 0)
+            one.prefill(0, [1, 2, 3])
+            texts.append(one.run([0], [4], draws, 120).tolist())
+        assert texts[0] == texts[1]
+        numbers.append(decoder.threads)
+    assert numbers == [1, 1, 2, 2]
+    assert decoder.has_drafts == drafts
+    assert not decoder._crew.doubts(10**9)

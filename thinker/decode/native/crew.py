@@ -18,6 +18,8 @@ from .model import Model
 from .pace import Pace, fastest
 from .team import Team
 
+AGAIN = 2048  # tokens after which fewer threads than there are must prove the faster ones again, then twice as many, …
+
 
 class Crew:
     """Threads for the jobs of one decoder: `threads` of them for few rows, or as many as are fastest if that is None.
@@ -32,6 +34,7 @@ class Crew:
         self._team = Team(self.most)
         self.sync = self._team.address
         self._pace = Pace() if threads is None else None
+        self._again = self._left = AGAIN
 
     def place(self, n: int, slots: ArrayLike, places: ArrayLike, tokens: ArrayLike) -> None:
         """Put n tokens into the rows: of each of the three one number for all, or n."""
@@ -90,6 +93,16 @@ class Crew:
 
         counts = counts or [*(few for few in (1, 2, 4, 8) if few < self.most), self.most]
         self.threads, model.shape["abreast"] = fastest(product_of(counts, (CHUNK, 1)), one_token, seconds)
+
+    def doubts(self, tokens: int) -> bool:
+        """Whether to settle again before so many more tokens: another program may have been busy the last time."""
+        if self._pace is None or self.threads == self.most:
+            return False
+        self._left -= tokens
+        if self._left > 0:
+            return False
+        self._again = self._left = 2 * self._again
+        return True
 
 
 def processors() -> int:

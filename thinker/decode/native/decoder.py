@@ -144,6 +144,12 @@ class NativeDecoder(Decoder):
         chosen, last = self._check(slots, tokens, count)
         check_draws(self.config, self.slots, draws)
         n, left, ends = len(chosen), count, np.array(list(stop), np.int64)
+        if self._crew.doubts(count):
+            before = self.threads
+            self._place(chosen[:1], last[:1])
+            self._crew.settle(self._model)
+            if self._drafts is not None and self.threads != before:
+                self._drafts.forget_seconds()
         drafts = self._drafts if n == 1 else None
         drawn = []
         while left:

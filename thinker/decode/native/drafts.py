@@ -48,6 +48,10 @@ class Drafts:
         """Whether there is something that drafts."""
         return bool(self._seconds)
 
+    def forget_seconds(self) -> None:
+        """Measure anew, since the number of threads has changed."""
+        self._seconds = {}
+
     def write(self, slot: int, held: int, token: int, draws: Draws, left: int, stop: np.ndarray) -> np.ndarray | None:
         """Append a token to the `held` ones of a slot and draw the next, at most `left`: int64 (k, 1).
 
@@ -107,20 +111,15 @@ class Drafts:
         """
         if held + max(*LENGTHS, FEW) + 1 > self._config.ctx_len:
             return False
-        crew, wide = self._crew, self._model
-        # All but the embedding, unless it is the head as well: of that, few numbers are read.
-        matrices = int(wide.shape[0]["at_embedding"]) if wide.shape[0]["beside"] == 1 else wide.panels.weights.size
-        rounded = round_weights(wide.panels, matrices)
-        if rounded is None:
+        if self._draft is None:
+            self._draft = self._rounded()
+        if self._draft is None:
             self._waiting = float("inf")
             return False
-        shape, sizes = lay_out(self._config, True, crew.most, FLOAT32)
-        self._draft = Model(shape, sizes, rounded, wide.caches, crew.rows, crew.sync)
-        shape["tokens_kind"], shape["vectors"] = FLOAT32, wide.shape["weights"]
+        crew, none = self._crew, np.zeros(0, np.int64)
         crew.place(1, slot, held, token)
         crew.settle(self._draft, [crew.threads], MEASURED / 4)
         draws, self._draws = (Draws(self._slots, self._config.vocab_size) for _ in range(2))
-        none = np.zeros(0, np.int64)
 
         def turn(length: int) -> None:
             if length:
@@ -134,3 +133,16 @@ class Drafts:
         alone = seconds_of([0], turn, MEASURED / 3)[0] / FEW
         self._seconds = {0: alone} | seconds_of(LENGTHS, turn, MEASURED)
         return True
+
+    def _rounded(self) -> Model | None:
+        """The model that drafts, on the other one's caches; none if its weights are too large for INT8."""
+        wide = self._model
+        # All but the embedding, unless it is the head as well: of that, few numbers are read.
+        matrices = int(wide.shape[0]["at_embedding"]) if wide.shape[0]["beside"] == 1 else wide.panels.weights.size
+        rounded = round_weights(wide.panels, matrices)
+        if rounded is None:
+            return None
+        shape, sizes = lay_out(self._config, True, self._crew.most, FLOAT32)
+        draft = Model(shape, sizes, rounded, wide.caches, self._crew.rows, self._crew.sync)
+        shape["tokens_kind"], shape["vectors"] = FLOAT32, wide.shape["weights"]
+        return draft
