@@ -1,5 +1,6 @@
 """Decisions about the machine: recorded, reused, and never left behind in the process."""
 
+import contextlib
 import shutil
 
 import pytest
@@ -102,6 +103,15 @@ def test_probing_changes_no_parameter_and_draws_nothing():
     for name, parameter in model.named_parameters():
         assert parameter.grad is None
         assert torch.equal(parameter, before[name])
+
+
+def test_a_probe_waits_for_the_accelerator_that_it_times(monkeypatch):
+    """Bug: the first accelerator is waited for where the run has another one, and its steps seem to take no time."""
+    awaited = []
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: awaited.append(device))
+    room.probe(NextTokenLoss(ThinkerLM(CONFIG)), one_row(), "cuda:1", "float32")
+    assert awaited == ["cuda:1"] * 2
 
 
 @pytest.mark.parametrize(("seconds", "steps", "compiled"), [(1.0, 10, False), (1.0, 1000, True), (0.001, 1000, False)])

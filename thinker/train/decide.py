@@ -187,7 +187,7 @@ def probe(module: NextTokenLoss | SplicedLoss, batch: tuple[Tensor, ...], device
             parts: LossParts = module(*batch)
         parts.total.backward()
         if device != "cpu":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         return time.perf_counter() - start
 
     with torch.random.fork_rng([]):  # an accelerator's is seeded for each step
