@@ -1,5 +1,7 @@
 """How a run begins, goes on, or starts from a model: what is taken over, what is refused, and that nothing is lost."""
 
+import dataclasses
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -12,6 +14,8 @@ from safetensors.numpy import load_file, save_file
 from test_loop import ARCHITECTURE, Silent, assert_same, quiet, settings, train, weights
 
 from thinker.checkpoint import training
+from thinker.compiled.library import Kernel
+from thinker.fused import kernels
 from thinker.train import start
 from thinker.train.decide import repeatable, versions
 from thinker.train.loop import fit
@@ -122,6 +126,96 @@ def test_going_on_under_other_versions_is_said(text, tmp_path, monkeypatch):
     said = []
     resume(ARCHITECTURE, settings(text, tmp_path / "run"), {"out"}, said.append)
     assert sum(line.endswith(f"where the run began: torch 9.9, not {torch.__version__}") for line in said) == 1
+
+
+def test_going_on_with_other_kernels_is_said(text, tmp_path, monkeypatch):
+    """Bug: a run goes on where its kernels are missing, or others, and steps round differently without a word."""
+    numbers = kernels.numbers()
+    if not kernels.multiplies(numbers):
+        pytest.skip("there are no kernels for this processor")
+    precision = "bfloat16" if numbers == torch.bfloat16 else "float32"
+    run, _ = train(text, tmp_path / "run", steps=1, precision=precision)
+    began = run.decisions.versions["kernels"]
+    for hindrance, expected in ((None, 0), ("OSError: no room", 1)):
+        monkeypatch.setattr(kernels, "hindrance", lambda dtype, why=hindrance: why)
+        said = []
+        resume(ARCHITECTURE, settings(text, run.folder), {"out"}, said.append)
+        assert sum(line.endswith(f"where the run began: kernels torch's, not {began}") for line in said) == expected
+        assert said.count("kernels: torch's alone, for want of Thinker's own (OSError: no room)") == expected
+
+
+def test_states_that_do_not_name_their_kernels_go_on(text, tmp_path, monkeypatch):
+    """Bug: a run that an older Thinker began ends in a KeyError, or is told that its kernels were None."""
+    run, _ = train(text, tmp_path / "run", steps=1)
+    load = training.load
+
+    def older(path):
+        saved = load(path)
+        del saved.state["decisions"]["versions"]["kernels"]
+        return saved
+
+    monkeypatch.setattr(training, "load", older)
+    said = []
+    assert resume(ARCHITECTURE, settings(text, run.folder), {"out"}, said.append).step == 1
+    assert not any("None" in line for line in said)
+
+
+@pytest.mark.parametrize(("chosen", "told"), [("auto", True), ("float32", True), ("float16", False)])
+def test_what_is_compiled_once_is_announced_where_it_is(text, tmp_path, monkeypatch, chosen, told):
+    """Bug: six seconds in silence where a run goes on, or announced anew at each run that has no kernels at all."""
+    line = "compiling kernels for this processor, some six seconds, once"
+    monkeypatch.setattr(kernels, "numbers", lambda: torch.float32)
+    monkeypatch.setattr(kernels, "multiplies", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(kernels, "is_available", lambda dtype: False)
+    monkeypatch.setattr(kernels, "are_kept", lambda dtype: False)
+    said = []
+    with repeatable(None):
+        fit(
+            begin(ARCHITECTURE, settings(text, tmp_path / "run", steps=1, precision=chosen), set(), said.append),
+            Silent(),
+        )
+        assert said.count(line) == told
+        resume(ARCHITECTURE, settings(text, tmp_path / "run"), {"out"}, said.append)
+    assert said.count(line) == 2 * told
+
+
+def test_without_numba_a_run_begins_and_says_so(text, tmp_path, monkeypatch):
+    """Bug: the question whether kernels must be compiled ends in a traceback, where Numba isn't installed."""
+
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    if not kernels.multiplies(torch.float32):
+        pytest.skip("there are no kernels for this processor")
+    monkeypatch.setattr(kernels, "numbers", lambda: torch.float32)
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    alone = {
+        torch.float32: tuple(
+            Kernel(one.module, one.name, one.arguments, one.sources) for one in kernels.KERNELS[torch.float32]
+        )
+    }
+    monkeypatch.setattr(kernels, "KERNELS", kernels.KERNELS | alone)
+    kernels.hindrance.cache_clear()
+    said = []
+    try:
+        with repeatable(None):
+            begin(ARCHITECTURE, settings(text, tmp_path / "run"), set(), said.append)
+    finally:
+        kernels.hindrance.cache_clear()
+    assert sum(line.startswith("kernels: torch's alone, for want of Thinker's own (PackageNot") for line in said) == 1
+    assert not any(line.startswith("compiling kernels") for line in said)
+
+
+def test_a_compiled_run_that_goes_on_without_a_compiler_is_told_in_one_line(text, tmp_path, monkeypatch):
+    """Bug: torch's own traceback of many lines where a run was copied to a machine without a C++ compiler."""
+    run, _ = train(text, tmp_path / "run", steps=2)
+    run.decisions = dataclasses.replace(run.decisions, compile=True)
+    run.save()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with repeatable(None):
+        with pytest.raises(ValueError, match=r"run: its steps are compiled, but no C\+\+ compiler .*: install"):
+            resume(ARCHITECTURE, settings(text, run.folder, steps=3), {"out", "steps"}, quiet)
+        fit(resume(ARCHITECTURE, settings(text, run.folder), {"out"}, quiet), Silent())  # nothing left to compile
 
 
 def test_a_configuration_resumes_the_run_it_made(text, tmp_path):

@@ -136,6 +136,14 @@ def are_kept(dtype: torch.dtype) -> bool:
     return all(kernel.is_kept for kernel in KERNELS[dtype])
 
 
+def must_compile(dtype: torch.dtype) -> bool:
+    """Whether kernels for such numbers can be had here, but not at once."""
+    try:
+        return multiplies(dtype) and not are_kept(dtype)
+    except ImportError:  # no Numba, whose version is in their names
+        return False
+
+
 @cache
 def threads() -> tuple[int, ...]:
     """The addresses of three functions of torch's OpenMP: to have threads work, which one is asking, and of how many.

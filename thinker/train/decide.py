@@ -116,14 +116,12 @@ def decide(
         else:
             reasons.append(f"float32: a product takes {bfloat16_cost():.1f} times as long in bfloat16 here")
 
-    dtype = DTYPES[precision]
-    has_own = device == "cpu" and dtype == kernels.numbers() and kernels.multiplies(dtype)
-    pays_after = BESIDE_KERNELS[precision] if has_own and kernels.is_available(dtype) else COMPILE_PAYS_AFTER
+    pays_after = COMPILE_PAYS_AFTER
+    if wants_kernels(device, precision) and kernels.is_available(DTYPES[precision]):
+        pays_after = BESIDE_KERNELS[precision]
     limit_steps, limit_seconds = run.limit
     ahead = limit_seconds if limit_seconds is not None else (limit_steps or 0) * seconds
-    hindrance = None
-    if device == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
-        hindrance = "no C++ compiler (g++) was found"
+    hindrance = missing_compiler(device)
     if module.model.config.use_moe and precision != "bfloat16":
         hindrance = "torch compiles the grouped products of a mixture in bfloat16 only"
     if isinstance(module, SplicedLoss):
@@ -137,9 +135,29 @@ def decide(
         compiled = run.compile == "on"
         if compiled and hindrance is not None:
             raise ValueError(f"compile is 'on', but {hindrance}: use --compile off")
-    if has_own:
+    if wants_kernels(device, precision):
         reasons.append(own_kernels(module.model.config, compiled))
-    return Decisions(device, precision, compiled, threads, seconds, tuple(reasons), versions())
+    found = versions() | {"kernels": kernels_for(device, precision)}
+    return Decisions(device, precision, compiled, threads, seconds, tuple(reasons), found)
+
+
+def missing_compiler(device: str) -> str | None:
+    """Why nothing can be compiled for a device, if so."""
+    there = device != "cpu" or shutil.which(os.environ.get("CXX", "g++")) is not None
+    return None if there else "no C++ compiler (g++) was found"
+
+
+def wants_kernels(device: str, precision: Precision) -> bool:
+    """Whether a run in this precision is one of those that kernels of `fused/` are made for here."""
+    dtype = DTYPES[precision]
+    return device == "cpu" and dtype == kernels.numbers() and kernels.multiplies(dtype)
+
+
+def kernels_for(device: str, precision: Precision) -> str:
+    """Which kernels of `fused/` such a run has here: others round differently, or are torch's. May compile them."""
+    if not wants_kernels(device, precision) or not kernels.is_available(DTYPES[precision]):
+        return "torch's"
+    return kernels.form() if precision == "bfloat16" else "float32 with products" if NEGLECTED else "float32"
 
 
 def own_kernels(config: ThinkerConfig, compiled: bool) -> str:

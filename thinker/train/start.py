@@ -28,7 +28,18 @@ from ..tokenizer import Tokenizer
 from .allocator import keep_freed_memory
 from .config import TrainConfig
 from .cooccurrence import begin_from_neighbours
-from .decide import Decisions, choose_device, decide, versions
+from .decide import (
+    Decisions,
+    Precision,
+    choose_device,
+    decide,
+    kernels_for,
+    missing_compiler,
+    own_kernels,
+    versions,
+    wants_kernels,
+    worth_probing,
+)
 from .ingredients import batches_of, corpus_of, ingredients, satisfies
 from .memory import checkpoint_activations
 from .optim import Inheritance, build_optimizers, restore_optimizers
@@ -67,8 +78,7 @@ def begin(config: ThinkerConfig, settings: TrainConfig, given: set[str], say: Sa
         take_over(senses, found.taught.config, found.taught.tensors)
     batches = batches_of(corpus, settings, config, say)
     one_row = tuple(torch.from_numpy(part[:1]).to(device) for part in batches.batch(0))
-    if device == "cpu" and kernels.multiplies(kernels.numbers()) and not kernels.are_kept(kernels.numbers()):
-        say("compiling kernels for this processor, some six seconds, once")
+    announce_kernels(worth_probing() if settings.precision == "auto" else (settings.precision,), device, say)
     decisions = decide(settings, loss_of(model, senses, corpus, settings), one_row, device)
     config, settings, decisions = with_recipe(config, settings, decisions, fixed, choices, batches)
     if config.tie_embeddings != model.config.tie_embeddings:  # chosen with the run's length
@@ -85,6 +95,13 @@ def begin(config: ThinkerConfig, settings: TrainConfig, given: set[str], say: Sa
     training.claim(folder)
     refuse_taken(folder)  # another run may have begun and ended there meanwhile
     return run
+
+
+def announce_kernels(precisions: tuple[Precision, ...], device: str, say: Say) -> None:
+    """Say what is waited for where kernels have to be compiled before anything in these precisions is trained."""
+    for precision in precisions:
+        if wants_kernels(device, precision) and kernels.must_compile(kernels.numbers()):
+            say("compiling kernels for this processor, some six seconds, once")
 
 
 def refuse_taken(folder: Path) -> None:
@@ -183,8 +200,13 @@ def resume(wanted: ThinkerConfig, settings: TrainConfig, given: set[str], say: S
     corpus = corpus_of(settings, config, tokenizer, publication, say, seeing)
     decisions = Decisions.from_json(state["decisions"])
     began = decisions.versions
-    if other := [f"{name} {now}, not {began.get(name)}" for name, now in versions().items() if now != began.get(name)]:
+    announce_kernels((decisions.precision,), decisions.device, say)
+    here = versions() | {"kernels": kernels_for(decisions.device, decisions.precision)}
+    # An older state doesn't say which kernels there were.
+    if other := [f"{name} {now}, not {began[name]}" for name, now in here.items() if now != began.get(name, now)]:
         say(f"here steps may round differently than where the run began: {', '.join(other)}")
+    if wants_kernels(decisions.device, decisions.precision) and here["kernels"] != began.get("kernels"):
+        say(own_kernels(config, decisions.compile))
     torch.set_num_threads(decisions.threads)
     model = ThinkerLM(config)
     load_parameters(model, saved.parameters, str(newest))
@@ -205,6 +227,8 @@ def resume(wanted: ThinkerConfig, settings: TrainConfig, given: set[str], say: S
     run.step = run.saved = saved.step
     run.tokens, run.seconds = state["tokens"], state["seconds"]
     run.best = Best(**state["best"]) if state.get("best") is not None else None
+    if decisions.compile and run.progress() < 1 and (missing := missing_compiler(decisions.device)) is not None:
+        raise ValueError(f"{folder}: its steps are compiled, but {missing}: install one, or name it in CXX")
     say(f"going on from step {run.step:,}")
     return run
 
