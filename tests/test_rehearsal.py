@@ -11,7 +11,7 @@ from thinker.fused import kernels
 from thinker.model import ThinkerLM
 from thinker.train.allocator import resident
 from thinker.train.config import TrainConfig
-from thinker.train.decide import Decisions
+from thinker.train.decide import Decisions, repeatable
 from thinker.train.rehearsal import rehearse
 from thinker.train.start import assemble
 
@@ -76,3 +76,16 @@ def test_products_for_which_onednn_keeps_programs(precision):
     by_tiles = TILES and kernels.multiplies(torch.bfloat16)
     assert found.grouped == ((4 if by_tiles else 6) if precision == "bfloat16" else 0)
     assert (found.products > 10) == (precision == "bfloat16")
+
+
+@pytest.mark.skipif(not kernels.multiplies(kernels.numbers()), reason="there are no kernels for this processor")
+def test_what_threads_need_for_themselves_is_counted():
+    """Bug: attention's own memory, 14 MB a thread at 2,048 tokens of 128, is missing where there are many threads."""
+    config = SHAPE.changed(n_layers=1, d_model=64, n_heads=4, head_dim=128, d_ff=64, ctx_len=2048)
+    precision = str(kernels.numbers()).removeprefix("torch.")
+    counted = []
+    for threads in (1, 8, 64):
+        with repeatable(threads):
+            counted.append(rehearsed(config, precision=precision, batch_size=2).whole["activations"])
+    one, eight, more = counted
+    assert one + (40 << 20) < eight == more  # two rows of four heads have work for eight

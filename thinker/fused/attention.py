@@ -72,7 +72,13 @@ def _empty(q: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     return _like(q), tops, totals
 
 
-@operation("attend", _empty)
+def _meanwhile(q: Tensor, k: Tensor, *_: Tensor | None) -> int:
+    """The bytes of all threads' own memory, much where tokens and threads are many."""
+    T, width = q.shape[2:]
+    return math.prod(kernels.shares(_places(_padded(T), width, q.itemsize)[1], k.shape[0] * k.shape[1]))
+
+
+@operation("attend", _empty, meanwhile=_meanwhile)
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, cos: Tensor | None, sin: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,7 +95,7 @@ def _empty_gradients(
     return _like(q), _like(k), _like(v)
 
 
-@operation("attend_backward", _empty_gradients)
+@operation("attend_backward", _empty_gradients, meanwhile=lambda _, *inputs: _meanwhile(*inputs))
 def _backward(
     y_grad: Tensor,
     q: Tensor,

@@ -116,13 +116,17 @@ def perform(
     assert not (wanting := [dtype for dtype in (numbers(), *KERNELS) if kernel in KERNELS[dtype]]) or any(
         map(is_available, wanting)
     ), "the system must have been asked for tiles"
-    parts = min(torch.get_num_threads(), most or sys.maxsize)
-    step = -(-scratch // LINE) * LINE
+    parts, step = shares(scratch, most)
     memory = torch.empty(parts * step + LINE, dtype=torch.uint8)
     shared = zip(SHARED, (parts, -(-memory.data_ptr() // LINE) * LINE, step), strict=True)
     values = {**dict(zip(kind.names or (), np.zeros((), kind).tolist(), strict=True)), **dict(shared), **fields}
     task = np.array([tuple(values.values())], kind)
     fork(*threads(), kernel.prepare(), task.ctypes.data, parts)
+
+
+def shares(scratch: int, most: int | None = None) -> tuple[int, int]:
+    """How many threads, at most so many, do a task, and the bytes of whole lines that each has of scratch memory."""
+    return min(torch.get_num_threads(), most or sys.maxsize), -(-scratch // LINE) * LINE
 
 
 def multiplies(dtype: torch.dtype) -> bool:
