@@ -147,6 +147,24 @@ def test_a_split_is_said_recorded_and_kept_on_resuming(start, monkeypatch):
         assert torch.equal(p, q), name
 
 
+def test_held_out_text_is_looked_at_in_as_many_rows_as_the_memory_had_room_for(start, monkeypatch):
+    """Bug: a run that was split trains on, and ends at its next look, which takes the large batch again."""
+    _, run = start(batch_size=8, early_stop=2)
+    wide = run.module.forward
+
+    def forward(tokens, targets, segments=None):
+        if len(tokens) > 2:
+            raise RuntimeError(CPU_MESSAGE)
+        return wide(tokens, targets)
+
+    monkeypatch.setattr(run.module, "forward", forward)
+    watching = Watching()
+    with repeatable(None):
+        fit(run, watching)
+    assert watching.rows == [4, 2]
+    assert run.best is not None
+
+
 def test_a_compiled_run_is_split_too(start, monkeypatch):
     """Bug: the step that compiles is the first to run out of memory, and ends the run."""
     settings, whole = start("whole")

@@ -95,9 +95,9 @@ def reply_loss(run: Run, corpus: ChatCorpus, console: Console) -> tuple[float, i
     rows = corpus.windows(run.config.ctx_len)
     run.module.eval()
     total, tokens = 0.0, 0
-    starts = range(0, len(rows), run.settings.batch_size)
+    starts = range(0, len(rows), run.rows_at_once)
     for start in track(starts, "evaluating", console=console, transient=True):
-        batch = rows[range(start, min(start + run.settings.batch_size, len(rows)))]
+        batch = rows[range(start, min(start + run.rows_at_once, len(rows)))]
         # In the parameters' own precision, even where training computes in a lower one.
         parts = run.module(*(torch.from_numpy(part).to(run.decisions.device) for part in batch))
         total += float(parts.total)

@@ -40,8 +40,8 @@ def held_out_loss(run: Run) -> float:
     chosen = np.linspace(0, len(windows) - 1, count).astype(int).tolist()
     run.module.eval()
     total, tokens = 0.0, 0
-    for start in range(0, len(chosen), run.settings.batch_size):
-        rows = windows[chosen[start : start + run.settings.batch_size]]
+    for start in range(0, len(chosen), run.rows_at_once):
+        rows = windows[chosen[start : start + run.rows_at_once]]
         with run.decisions.autocast():
             parts = run.module(*(torch.from_numpy(part).to(run.decisions.device) for part in rows))
         total += float(parts.total)
