@@ -20,7 +20,7 @@ from thinker.config import ThinkerConfig
 from thinker.data.batches import Batches
 from thinker.formats import open_model
 from thinker.formats.gguf_export import export_gguf
-from thinker.loss import IGNORE, NextTokenLoss
+from thinker.loss import IGNORE, LossParts, NextTokenLoss
 from thinker.model import ThinkerLM
 from thinker.train import loop
 from thinker.train.config import TrainConfig
@@ -254,6 +254,28 @@ def test_a_mixtures_gradients_are_those_of_both_losses(text, tmp_path, weight):
     loop.gradients(run, run.module, (inputs.numpy(), targets.numpy()), counted)
     for (name, parameter), gradient in zip(run.model.named_parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("without", [{0}, {1}, {0, 1}])
+def test_rows_that_teach_nothing_are_counted_and_passed_over(text, tmp_path, without, precision):
+    """Bug: text without a picture ends a run that trains senses alone, since its loss depends on nothing trained."""
+    with repeatable(None):
+        options = settings(text, tmp_path / "run", accumulate=2, precision=precision, cooccurrence=0)
+        run = begin(ARCHITECTURE, options, set(), quiet)
+        plain = weights(run)
+        seen = count()
+
+        def module(*rows):
+            parts = run.module(*rows)
+            return LossParts(*(part.detach() for part in parts)) if next(seen) in without else parts
+
+        loss, _, norm = take_step(run, module, 1.0)
+        assert loss == pytest.approx(np.log(300), abs=0.15)
+        assert (norm > 0) == (len(without) == 1)
+        moved = any(not torch.equal(value, plain[name]) for name, value in weights(run).items())
+        assert moved == (len(without) == 1)
+        assert take_step(run, run.module, 1.0)[2] > 0
 
 
 def test_every_update_is_of_a_clipped_gradient(text, tmp_path):

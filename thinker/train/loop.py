@@ -161,7 +161,8 @@ def take_step(
     settings = run.settings
     batch = run.batches.batch(run.step)  # inputs, targets, and segments where rows are packed
     loss, balance = within_memory(run, module, batch, halved)
-    for optimizer in run.optimizers:
+    taught = [one for one in run.optimizers if has_gradients(one)]  # a scaler refuses the others
+    for optimizer in taught:
         run.scaler.unscale_(optimizer)
     norm = clip(run.trained.parameters(), settings.clip)
     # With float16 a scaler skips steps whose scaled gradient overflowed; that is no divergence.
@@ -173,11 +174,17 @@ def take_step(
         )
     set_rate(run.optimizers, share)
     set_beta2(run.optimizers, settings.adam_beta2(batch[0].size))
-    for optimizer in run.optimizers:
+    for optimizer in taught:
         run.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
-    run.scaler.update()
+    if taught:
+        run.scaler.update()
     return loss, balance, norm
+
+
+def has_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether anything that an optimiser trains had a part in the loss."""
+    return any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"])
 
 
 def clip(parameters: Iterable[nn.Parameter], most: float) -> float:
@@ -236,7 +243,8 @@ def gradients(
             parts = module(*rows)
         # Sums over the step's tokens, so that ragged micro-batches weigh as one batch would.
         objective = (parts.total + run.config.balance_loss * parts.balance * parts.tokens) / counted
-        run.scaler.scale(objective).backward()
+        if objective.requires_grad:  # nothing does in text where senses alone are trained
+            run.scaler.scale(objective).backward()
         total = total + parts.total.detach()
         balance = balance + parts.balance.detach() * parts.tokens
     return total, balance
