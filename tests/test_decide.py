@@ -12,6 +12,7 @@ from thinker.model import ThinkerLM
 from thinker.train import decide as room
 from thinker.train.config import TrainConfig
 from thinker.train.decide import Decisions, choose_device, decide, dropout_seed, repeatable
+from thinker.train.start import expected_steps
 
 CONFIG = ThinkerConfig(vocab_size=64, n_layers=1, d_model=16, n_heads=2, d_ff=32, ctx_len=16)
 
@@ -144,6 +145,28 @@ def test_compiling_must_repay_more_beside_kernels(monkeypatch, precision, second
     monkeypatch.setattr(room.kernels, "is_available", lambda dtype: there)
     run = TrainConfig(steps=1000, precision=precision)
     assert decide(run, NextTokenLoss(ThinkerLM(CONFIG)), one_row(), "cpu").compile is compiled
+
+
+@pytest.mark.parametrize(
+    ("precision", "there", "compiled", "steps"),
+    [
+        ("bfloat16", False, "on", 1500),
+        ("bfloat16", True, "on", 1143),
+        ("float32", True, "on", 1064),
+        ("float32", True, "off", 1000),
+    ],
+)
+def test_a_run_of_minutes_expects_the_steps_that_it_can_do(monkeypatch, precision, there, compiled, steps):
+    """Bug: half as many steps again are expected where there are kernels, and the text is taken to repeat."""
+    monkeypatch.setattr(room, "probe", lambda *_: 0.06 / 8)
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/g++")
+    monkeypatch.setattr(room.kernels, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(room.kernels, "numbers", lambda: getattr(torch, precision))
+    monkeypatch.setattr(room.kernels, "hindrance", lambda dtype: None if there else "OSError: no room")
+    monkeypatch.setattr(room.kernels, "is_available", lambda dtype: there)
+    run = TrainConfig(minutes=1, precision=precision, compile=compiled)
+    decisions = decide(run, NextTokenLoss(ThinkerLM(CONFIG)), one_row(), "cpu")
+    assert round(expected_steps(run, decisions)) == steps
 
 
 def test_without_a_compiler_auto_does_without_and_on_says_what_is_missing(monkeypatch):

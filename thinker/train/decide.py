@@ -38,6 +38,9 @@ DTYPES: dict[Precision, torch.dtype] = {
 # our own, which leave less to compile, seven eighths in bfloat16, and in float32 nearly all (90 to 98 %).
 COMPILE_PAYS_AFTER = 120.0  # seconds of training still to come
 BESIDE_KERNELS: dict[Precision, float] = {"bfloat16": 200.0, "float32": 600.0}
+COMPILED_GAIN = 1.5  # a compiled step against the eager one that was probed
+GAIN_BESIDE_KERNELS: dict[Precision, float] = {"bfloat16": 8 / 7, "float32": 1 / 0.94}
+TORCHS = "torch's"  # kernels, where there are none of our own
 # Where a product takes so many times as long in bfloat16, a step gains nothing; where that is emulated, it takes ten
 # times as long.
 HOPELESS = 1.5
@@ -60,6 +63,14 @@ class Decisions:
         """The context in which the forward runs."""
         dtype = DTYPES[self.precision]
         return torch.autocast(torch.device(self.device).type, dtype, enabled=self.precision != "float32")
+
+    @property
+    def compiled_gain(self) -> float:
+        """How many steps to expect in the time of one that was probed."""
+        if not self.compile:
+            return 1.0
+        beside_kernels = self.versions.get("kernels", TORCHS) != TORCHS
+        return GAIN_BESIDE_KERNELS[self.precision] if beside_kernels else COMPILED_GAIN
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
@@ -156,7 +167,7 @@ def wants_kernels(device: str, precision: Precision) -> bool:
 def kernels_for(device: str, precision: Precision) -> str:
     """Which kernels of `fused/` such a run has here: others round differently, or are torch's. May compile them."""
     if not wants_kernels(device, precision) or not kernels.is_available(DTYPES[precision]):
-        return "torch's"
+        return TORCHS
     return kernels.form() if precision == "bfloat16" else "float32 with products" if NEGLECTED else "float32"
 
 

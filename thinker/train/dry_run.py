@@ -26,7 +26,7 @@ from .decide import Decisions, Precision, choose_device, decide, versions
 from .estimate import Estimate, Plan, changes, measured
 from .ingredients import batches_of, ingredients
 from .loop import take_step
-from .recipes import COMPILED_GAIN, choose_first, with_choices
+from .recipes import choose_first, with_choices
 from .rehearsal import PARTS
 from .start import with_recipe
 
@@ -138,7 +138,7 @@ def dry_run(
     if probed:
         say("probing three steps, uncompiled")
         seconds, held = _probe(plan, config, settings)
-    expected = None if seconds is None else seconds / (COMPILED_GAIN if decisions.compile else 1)
+    expected = None if seconds is None else seconds / decisions.compiled_gain
     steps, whole = settings.limit
     if steps is None and expected is not None and whole is not None:
         steps = max(1, round(whole / expected))

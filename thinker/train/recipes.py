@@ -43,7 +43,6 @@ CHOSEN = frozenset(
     "use_qk_norm batch_size lr muon_lr schedule warmup weight_decay inherit cooccurrence tie_embeddings beta2_tokens "
     "dropout early_stop average".split()
 )
-COMPILED_GAIN = 1.5  # a compiled step against the eager one that was probed
 
 
 @dataclass(frozen=True)

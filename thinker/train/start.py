@@ -43,7 +43,7 @@ from .decide import (
 from .ingredients import batches_of, corpus_of, ingredients, satisfies
 from .memory import checkpoint_activations
 from .optim import Inheritance, build_optimizers, restore_optimizers
-from .recipes import COMPILED_GAIN, Choice, choose, choose_first, with_choices
+from .recipes import Choice, choose, choose_first, with_choices
 from .run import Best, Run, Say, TrainingBatches, fingerprint_of, loss_of
 from .senses import Trained
 
@@ -141,7 +141,7 @@ def expected_steps(settings: TrainConfig, decisions: Decisions) -> float:
     steps, seconds = settings.limit
     if seconds is None:
         return float(steps or 0)
-    return max(1.0, seconds / decisions.seconds_per_step * (COMPILED_GAIN if decisions.compile else 1.0))
+    return max(1.0, seconds / decisions.seconds_per_step * decisions.compiled_gain)
 
 
 def check_prompt(prompt: str, corpus: Corpus | ChatCorpus, ctx_len: int) -> None:
