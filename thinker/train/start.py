@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -78,7 +79,7 @@ def begin(config: ThinkerConfig, settings: TrainConfig, given: set[str], say: Sa
         take_over(senses, found.taught.config, found.taught.tensors)
     batches = batches_of(corpus, settings, config, say)
     one_row = tuple(torch.from_numpy(part[:1]).to(device) for part in batches.batch(0))
-    announce_kernels(worth_probing() if settings.precision == "auto" else (settings.precision,), device, say)
+    announce_kernels(settings.precision, device, say)
     decisions = decide(settings, loss_of(model, senses, corpus, settings), one_row, device)
     config, settings, decisions = with_recipe(config, settings, decisions, fixed, choices, batches)
     if config.tie_embeddings != model.config.tie_embeddings:  # chosen with the run's length
@@ -97,10 +98,11 @@ def begin(config: ThinkerConfig, settings: TrainConfig, given: set[str], say: Sa
     return run
 
 
-def announce_kernels(precisions: tuple[Precision, ...], device: str, say: Say) -> None:
-    """Say what is waited for where kernels have to be compiled before anything in these precisions is trained."""
-    for precision in precisions:
-        if wants_kernels(device, precision) and kernels.must_compile(kernels.numbers()):
+def announce_kernels(precision: Precision | Literal["auto"], device: str, say: Say) -> None:
+    """Say what is waited for, if kernels have to be compiled before anything is trained."""
+    if device == "cpu":
+        probed = worth_probing() if precision == "auto" else (precision,)
+        if any(wants_kernels(device, one) for one in probed) and kernels.must_compile(kernels.numbers()):
             say("compiling kernels for this processor, some six seconds, once")
 
 
@@ -200,7 +202,7 @@ def resume(wanted: ThinkerConfig, settings: TrainConfig, given: set[str], say: S
     corpus = corpus_of(settings, config, tokenizer, publication, say, seeing)
     decisions = Decisions.from_json(state["decisions"])
     began = decisions.versions
-    announce_kernels((decisions.precision,), decisions.device, say)
+    announce_kernels(decisions.precision, decisions.device, say)
     here = versions() | {"kernels": kernels_for(decisions.device, decisions.precision)}
     # An older state doesn't say which kernels there were.
     if other := [f"{name} {now}, not {began[name]}" for name, now in here.items() if now != began.get(name, now)]:
