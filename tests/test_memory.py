@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -145,6 +146,34 @@ def test_a_split_is_said_recorded_and_kept_on_resuming(start, monkeypatch):
     assert rest.losses == later.losses
     for (name, p), q in zip(run.model.named_parameters(), goes_on.model.parameters(), strict=True):
         assert torch.equal(p, q), name
+
+
+def test_what_a_split_compiles_anew_is_no_training(start, monkeypatch):
+    """Bug: memory runs out in the midst of a run of minutes, half a minute of which is then spent on compiling."""
+    _, run = start(minutes=1, steps=None)
+    run.decisions = replace(run.decisions, compile=True)
+    scarce, watching, told = Scarce(run.module, 99, MemoryError()), Watching(), []
+    clock = {"now": 0.0, "compiled": False}
+
+    def module(*rows):
+        clock["now"] += 1 if clock["compiled"] else 1000
+        clock["compiled"] = True
+        return scarce(*rows)
+
+    def after_step(run, report):
+        if run.step == 3:
+            scarce.rows = 2
+
+    monkeypatch.setattr(loop, "step_module", lambda run: module)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: clock.update(compiled=False))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock["now"]))
+    watching.after_step, watching.compiling = after_step, lambda run: told.append((run.step, run.rows_at_once))
+    with repeatable(None):
+        fit(run, watching)
+    assert watching.rows == [4, 2]
+    assert told == [(0, 8), (3, 4)]
+    # Three steps of a second, then some of four micro-batches each, to the end of the minute.
+    assert (run.step, run.seconds) == (3 + 15, 3 + 15 * 4)
 
 
 def test_held_out_text_is_looked_at_in_as_many_rows_as_the_memory_had_room_for(start, monkeypatch):

@@ -102,6 +102,17 @@ def fit(run: Run, watcher: Watcher) -> int | None:
     module = step_module(run)
     saved = validated = run.seconds
     rows = None  # of the micro-batches that the step is compiled for
+    start = 0.0
+
+    def halved(run: Run) -> None:
+        """In the midst of a step: what it is compiled for now is compiled outside the run's clock too."""
+        nonlocal start
+        watcher.out_of_memory(run)
+        if run.decisions.compile:
+            watcher.compiling(run)
+            warm_up(run, module, watcher.out_of_memory)
+            start = time.perf_counter()
+
     with until_interrupted() as interruption:
         while (progress := run.progress()) < 1 and interruption.signal is None and not run.overfits:
             if run.decisions.compile and _micro_rows(run) != rows:  # at first, and at a ramp's next stage
@@ -112,7 +123,7 @@ def fit(run: Run, watcher: Watcher) -> int | None:
             start = time.perf_counter()
             share = rate(progress, schedule=settings.schedule, warmup=settings.warmup, cooldown=settings.cooldown)
             tokens = run.batches.tokens_in(run.step)
-            loss, balance, norm = take_step(run, module, share, watcher.out_of_memory)
+            loss, balance, norm = take_step(run, module, share, halved)
             elapsed = time.perf_counter() - start
             rows = _micro_rows(run)  # memory may have run out
             run.count(tokens, elapsed)
@@ -208,9 +219,9 @@ def within_memory(
     counted = int((batch[1] != IGNORE).sum())
     while (sums := _try_gradients(run, module, batch, counted)) is None:
         run.halve()
-        halved(run)
         if run.decisions.compile:
             torch.compiler.reset()  # A process that resumes compiles for the new shape alone, and so must this one.
+        halved(run)
     total, balance = sums
     return float(total) / counted, float(balance) / counted
 
