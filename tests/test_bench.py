@@ -219,6 +219,34 @@ def test_the_command_measures_what_it_is_told_to(
     assert all(files.config == TINY for files, _ in asked)
 
 
+def test_sizes_that_int8_has_no_blocks_for() -> None:
+    """Bug: a model 40 wide ended the command, float32's figures lost, with the advice to use a flag it hasn't."""
+    config = small("dense", d_model=40, n_heads=2, head_dim=20, d_ff=72, ctx_len=16)
+    notes: list[str] = []
+    lines = list(report._native(speed.random_model(config), report.QUICK, lambda line: None, notes))
+    assert {line.how for line in lines} == {"native float32"}
+    assert [note for note in notes if "not measured natively in int8" in note and "blocks of 32" in note]
+
+
+def test_threads_are_told_as_they_are_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: "runs with 1 thread" was said before the choice was made anew, and of prompts, which all threads compute."""
+
+    class Fickle:
+        threads, has_drafts = 1, False
+
+    def spoken(decoder: Fickle, *arguments: object) -> list[speed.Speed]:
+        decoder.threads = 2
+        return []
+
+    monkeypatch.setattr(native, "open_native", lambda *arguments: Fickle())
+    monkeypatch.setattr(report, "speaking", spoken)
+    notes: list[str] = []
+    assert list(report._native(speed.random_model(TINY), report.QUICK, lambda line: None, notes)) == []
+    told = [note for note in notes if "thread" in note]
+    assert len(told) == 2
+    assert all("writes 1 stream with 2 threads" in note for note in told)
+
+
 def test_large_models_are_not_trained_for_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches `thinker bench` on a large model that never ends."""
     notes: list[str] = []

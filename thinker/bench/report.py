@@ -98,10 +98,17 @@ def _native(files: ModelFiles, patience: Patience, say: Say, notes: list[str]) -
         except NativeUnavailable as error:
             notes.append(f"not measured natively: {error}")
             return
-        notes.append(f"native {dtype} runs with {decoder.threads} thread{'s' if decoder.threads > 1 else ''} here")
+        except ValueError as error:
+            if dtype != "int8":
+                raise
+            notes.append(f"not measured natively in int8: {error}")  # not every model's sizes are multiples of 32
+            continue
         if dtype == "int8":
             notes.append("native int8 multiplies whole numbers, and may pass what float32's products would allow")
         yield from speaking(decoder, f"native {dtype}", dtype, patience.speaking)
+        # Said last, since the choice is made anew meanwhile, when it is in doubt.
+        threads = f"{decoder.threads} thread{'s' if decoder.threads > 1 else ''}"
+        notes.append(f"native {dtype} writes 1 stream with {threads} here, prompts and many streams with all there are")
         if decoder.has_drafts:
             notes.append(f"native {dtype} drafts what 1 stream writes, and may pass what is best for a token at a time")
 
