@@ -41,7 +41,7 @@ class Report:
     product_rates: dict[str, float]
     bandwidths: dict[int, float]  # by how many bytes are read again and again
     speeds: tuple[Speed, ...]
-    peak_memory: dict[str, int]  # bytes, after decoding natively and at the end
+    peak_memory: dict[str, int]  # bytes, after decoding natively if it could, and at the end
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def measure(files: ModelFiles, patience: Patience, say: Say) -> Report:
     files = replace(files, config=files.config.changed(ctx_len=min(TRAINED_LENGTH, files.config.ctx_len)))
     # Native decoding comes first, in a process without torch, as in `thinker generate`; so its memory is its own.
     speeds = list(_native(files, patience, say, notes))
-    peak = {"decoding natively": limits.peak_memory()}
+    peak = {"decoding natively": limits.peak_memory()} if speeds else {}
     say("loading torch")
     from ..decode.torch_decoder import TorchDecoder
 

@@ -91,7 +91,7 @@ def speaking(decoder: Decoder, how: str, dtype: str, seconds: float) -> Iterator
     length = min(PREFILL, config.ctx_len)
     flops = costs.prefill_flops(config, length) / length
     rate = length / typical(partial(prefill, decoder, length), seconds)
-    yield Speed(f"prefill, {length} tokens", how, rate, flops, "float32")
+    yield Speed(f"prefill, {length} token{'s' if length > 1 else ''}", how, rate, flops, "float32")
     for streams in (count for count in STREAMS if count <= decoder.slots):
         start = min(PROMPT, config.ctx_len // 2)
         new = min(NEW, config.ctx_len - start)
@@ -120,8 +120,9 @@ def decode(decoder: Decoder, streams: int, prompt: int, new: int) -> float:
     tokens = some_tokens(decoder.config, prompt)
     for slot in range(streams):
         decoder.truncate(slot, 0)
-        decoder.prefill(slot, tokens)
-    slots, last = np.arange(streams), np.resize(tokens, streams)
+        if prompt:  # a context of one token has no room for any
+            decoder.prefill(slot, tokens)
+    slots, last = np.arange(streams), np.resize(tokens, streams)  # of none zeros
     start = time.perf_counter()
     decoder.run(slots, last, draws, new)
     return time.perf_counter() - start

@@ -57,7 +57,9 @@ def show(report: Report, console: Console) -> None:
     )
     table = Table(box=SIMPLE, show_edge=False, pad_edge=False)
     for name in ("", "computed by", "tokens/s", "at best", "bound by", "share"):
-        table.add_column(name, justify="right" if name in ("tokens/s", "at best", "share") else "left", no_wrap=True)
+        words = name in ("", "computed by")  # they go on in the next line where it is narrow, so that no digit is cut
+        right = name in ("tokens/s", "at best", "share")
+        table.add_column(name, justify="right" if right else "left", no_wrap=not words, overflow="fold")
     for speed in report.speeds:
         limit, bound = speed.limit(report.product_rates)
         table.add_row(speed.what, speed.how, f"{speed.rate:,.0f}", f"{limit:,.0f}", bound, f"{speed.rate / limit:.0%}")
@@ -73,4 +75,4 @@ def _products(report: Report) -> str:
 
 
 def _reading(report: Report) -> str:
-    return ", ".join(f"{rate / 1e9:,.0f} GB/s within {size >> 20:,} MB" for size, rate in report.bandwidths.items())
+    return ", ".join(f"{rate / 1e9:,.0f} GB/s within {size / 1e6:,.0f} MB" for size, rate in report.bandwidths.items())
