@@ -120,9 +120,11 @@ class Worker:
     def _answer(self) -> dict[str, Any]:
         watchdog = threading.Timer(PATIENCE, self._process.kill)
         watchdog.start()
-        line = self._answers.readline()
-        in_time = watchdog.is_alive()
-        watchdog.cancel()
+        try:
+            line = self._answers.readline()
+            in_time = watchdog.is_alive()
+        finally:
+            watchdog.cancel()  # after Ctrl-C, too: the program doesn't end before it
         if not line:
             raise Died(self._last_words() if in_time else f"said nothing for {PATIENCE:.0f} s")
         answer: dict[str, Any] = json.loads(line)

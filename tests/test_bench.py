@@ -3,6 +3,7 @@
 import ast
 import io
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -417,6 +418,23 @@ def test_a_real_worker(contestant) -> None:  # type: ignore[no-untyped-def]
         assert worker.end() > 1e6
     finally:
         worker.close()
+
+
+def test_an_interrupted_answer_leaves_no_watchdog(contestant) -> None:  # type: ignore[no-untyped-def]
+    """Bug: after Ctrl-C the program hung for what was left of a quarter of an hour, until its watchdog had run out."""
+
+    class Interrupted(io.StringIO):
+        def readline(self, size: int | None = -1, /) -> str:
+            raise KeyboardInterrupt
+
+    worker = turns.Worker(contestant("sleeping"))
+    worker._answers.close()
+    worker._answers = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        worker.ready()
+    worker.close()
+    watchdogs = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    assert all(watchdog.finished.is_set() for watchdog in watchdogs)
 
 
 def test_last_words_are_one_line(contestant, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
