@@ -33,6 +33,14 @@ class Target:
         reached = [goal is not None and (value <= goal if self.at_most else value >= goal) for goal in self.goals]
         return "dream" if reached[1] else "yes" if reached[0] else "no"
 
+    def said(self, value: float) -> str:
+        """A value with its unit, in three digits or as many as show on which side of a goal it is."""
+        for digits in range(3, 17):
+            short = f"{value:.{digits}g}"
+            if self.met(float(short)) == self.met(value):
+                break
+        return f"{short} {self.unit}"
+
     @property
     def goals(self) -> tuple[float, float | None]:
         """Both numbers."""
@@ -179,7 +187,8 @@ def as_markdown(matches: Mapping[str, Any]) -> str:
         "",
         "Written by `make -C benchmarks`; a line again by `make -C benchmarks ONLY=name`. Both sides of a comparison",
         "take turns in one run, each in its own process; figures are medians, in brackets the quartiles of the rounds.",
-        "Dropout is 0 everywhere.",
+        "Of ratios, the figure is that of the two medians, and the quartiles are those of the rounds' own ratios, so",
+        "that it may lie outside. Dropout is 0 everywhere.",
         "",
         *_machines(matches),
         "",
@@ -240,7 +249,7 @@ def _reached(line: Mapping[str, Any] | None) -> str:
     if line is None or line["measured"] is None:
         return "–"
     target, value = _of(line), line["measured"]["value"]
-    said = f"{value:.3g} {target.unit}"
+    said = target.said(value)
     return {"no": f"{said} (short)", "yes": said, "dream": f"**{said}**"}[target.met(value)]
 
 
@@ -250,7 +259,7 @@ def _target(line: Mapping[str, Any], match: str) -> list[str]:
     if line["measured"] is None:
         return [target.line, "–", *goals, "not measured", "", f"`{match}`"]
     measured = Figure(**line["measured"])
-    spread = f"{measured.value:.3g} {target.unit} ({measured.low:.3g} to {measured.high:.3g})"
+    spread = f"{target.said(measured.value)} ({measured.low:.3g} to {measured.high:.3g})"
     return [target.line, spread, *goals, target.met(measured.value), measured.how, f"`{match}`"]
 
 

@@ -496,6 +496,22 @@ def test_targets(target: Target, value: float, met: str) -> None:
     assert target.met(value) == met
 
 
+@pytest.mark.parametrize(
+    ("target", "value", "said"),
+    [
+        (Target("", 1.5, 2.5), 1.49967, "1.4997 ×"),
+        (Target("", 1.5, 2.5), 2.4996, "2.4996 ×"),
+        (Target("", 1.5, 2.5), 1.5004, "1.5 ×"),
+        (Target("", 1.15, 1.05, at_most=True), 1.0529, "1.053 ×"),
+        (Target("", 1.15, 1.05, at_most=True), 1.0495, "1.05 ×"),
+        (Target("", 57, 75, "%"), 36.0036, "36 %"),
+    ],
+)
+def test_what_falls_short_is_not_rounded_to_the_goal(target: Target, value: float, said: str) -> None:
+    """Bug: the table had "at least 1.5 ×" and "1.5 × (short)", and 1.05 × both with and without the dream reached."""
+    assert target.said(value) == said
+
+
 MACHINE = {"processor": "Some CPU", "instructions": "AVX2", "cores": 2, "system": "Linux", "python": "3.11"}
 
 
