@@ -27,7 +27,11 @@ READING = "reading memory, bytes/s"
 # What changes in a training step: its name, its values, and the architecture and rows that each makes.
 SWEEPS: dict[str, tuple[str, Sequence[int], Callable[[int], tuple[dict[str, Any], int]]]] = {
     "growth-batch": ("rows in a batch", (1, 2, 4, 8, 16, 32), lambda rows: ({}, rows)),
-    "growth-length": ("tokens in a row", (64, 128, 256, 512, 1024, 2048), lambda T: ({"ctx_len": T}, 4096 // T or 1)),
+    "growth-length": (
+        "tokens in a row, 4,096 in a step",
+        (64, 128, 256, 512, 1024, 2048),
+        lambda T: ({"ctx_len": T}, 4096 // T or 1),
+    ),
     "growth-depth": ("layers", (1, 2, 4, 8, 16), lambda layers: ({"n_layers": layers}, ROWS)),
     "growth-width": (
         "d_model",
@@ -125,11 +129,13 @@ def draw_training(axes: Any, name: str, rates: dict[str, list[float]]) -> None:
         return rows * int(architecture.get("ctx_len", TINY.ctx_len))
 
     draw_points(axes, points, lambda value, rate: 1e3 * tokens(value) / rate, "measured", "#2b5c8f")
-    if PRODUCTS in rates:
+    # Those that were measured there: what this machine is fastest in may be another type.
+    products = next((found for who, found in rates.items() if who.endswith(PRODUCTS.removeprefix(FAST))), None)
+    if products is not None:
         configs = {value: TINY.changed(**shape(value)[0]) for value in points}
         work = [tokens(value) * costs.training_flops(config, config.ctx_len) for value, config in configs.items()]
         axes.plot(
-            list(points), [1e3 * flops / middle(rates[PRODUCTS]) for flops in work],
+            list(points), [1e3 * flops / middle(products) for flops in work],
             color="#2b5c8f", linestyle=":", label="products alone",
         )  # fmt: skip
     axes.set(title=f"A training step, {name.removeprefix('growth-')}", xlabel=what, ylabel="ms a step")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import randomise, small
+from matplotlib.figure import Figure as MatplotlibFigure
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -574,6 +575,14 @@ def test_growth_is_drawn(tmp_path: Path) -> None:
     growth.draw(tmp_path)
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
     assert "growth.png" in (tmp_path / "RESULTS.md").read_text()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_growth_is_drawn_on_another_machine(dtype: str) -> None:
+    """Bug: a machine slow in bfloat16 drew the results of one with it without the line of what products alone take."""
+    axes = MatplotlibFigure().subplots()
+    growth.draw_training(axes, "growth-batch", {"1": [100.0], f"{dtype} products, operations/s": [1e12]})
+    assert [line.get_label() for line in axes.lines if not line.get_label().startswith("_")] == ["products alone"]
 
 
 # Matches

@@ -126,5 +126,5 @@ def _open(
         return llm.decoder, about | {"torch": torch.__version__, "threads": torch.get_num_threads()}
     decoder = open_native(files, slots, dtype, threads, drafts)
     size = costs.cache_bytes(files.config, dtype) * files.config.ctx_len
-    mine = {"threads": decoder.threads, "bytes of keys and values": size}
+    mine = {"threads for one stream": decoder.threads, "bytes of keys and values": size}
     return decoder, about | {"numba": numba.__version__} | mine
