@@ -200,6 +200,17 @@ def test_impossible_logits():
     assert len(set(drawn(flat, Sampling(temperature=1.0, top_k=80_000), 50))) > 40, "more candidates than there are"
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}])
+@pytest.mark.parametrize("infinite", [[17], range(V)])
+def test_an_infinite_logit_is_refused(options, infinite):
+    """Bug: where nothing has a probability the last token is drawn, and top-p looks on before the first, till the
+    process dies."""
+    logits = np.zeros(V, np.float32)
+    logits[infinite] = np.inf
+    with pytest.raises(ValueError, match="no finite number or an infinite one"):
+        drawn(logits, Sampling(**options), 1)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -92,7 +92,7 @@ class Draws:
             self.seen[slot, np.asarray(prompt, np.int64)] = 1
 
     def draw(self, slots: ArrayLike, logits: np.ndarray) -> np.ndarray:
-        """The next token of each slot for float32 logits (n, V): int64 (n,). Raises `ValueError` if none is finite."""
+        """The next token of each slot for float32 logits (n, V): int64 (n,). `ValueError` as in `check_drawn`."""
         slots = np.ascontiguousarray(slots, np.int64)
         if slots.size and not 0 <= slots.min() <= slots.max() < len(self.settings):
             raise ValueError(f"slots are {slots.min()} to {slots.max()}: choose among 0 to {len(self.settings) - 1}")
@@ -107,7 +107,10 @@ class Draws:
 
 
 def check_drawn(tokens: np.ndarray) -> np.ndarray:
-    """The tokens of a draw; `ValueError` if a row of logits had no finite number to draw from."""
+    """The tokens of a draw; `ValueError` if a row of logits had no finite number to draw from, or +inf."""
     if tokens.size and tokens.min() < 0:
-        raise ValueError("the logits hold no finite number: the model's weights are damaged or its training diverged")
+        raise ValueError(
+            "the logits hold no finite number or an infinite one: the model's weights are damaged or its training "
+            "diverged"
+        )
     return tokens

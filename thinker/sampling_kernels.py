@@ -19,6 +19,7 @@ from .sampling import INDEX, MIN_P, PENALTY, REQUEST, SEED, TEMPERATURE, TEMPERA
 
 ONE = 1 << 30  # the weight of the likeliest candidate
 LOWEST = -(1 << 31)  # the rank of what can't be drawn
+INFINITE = 0x7F800000  # the rank of +inf, beside which nothing has a probability
 BLOCK = 64  # candidates looked through at once
 LOOKS = 4  # before a bisection leaves behind what its border can't be among
 NEAREST = np.float32(3 << 22)  # added to a small number it leaves no bits after the point
@@ -26,7 +27,7 @@ LN2 = tuple(np.float32(math.log(2) ** i / math.factorial(i)) for i in range(7))
 
 
 def draw_rows(slots, n, logits, V, settings, keys, seen, scratch, tokens):  # type: ignore[no-untyped-def]
-    """Draw for each of n rows; -1 marks a row without a finite logit. All but n and V are addresses."""
+    """Draw for each of n rows; -1 marks a row with none finite, or with +inf. All but n and V are addresses."""
     order, weights, scores = words(scratch, 0, V), words(scratch, V, V), floats(scratch, 2 * V, V)
     for row in range(n):
         slot = integers(slots, row, 1)[0]
@@ -50,7 +51,7 @@ def draw_one(logits, settings, key, seen, order, weights, scores):  # type: igno
     """
     largest = rank(logits, np.float32(settings[PENALTY]), seen, scores, order)
     token = -1
-    if largest != LOWEST:
+    if LOWEST < largest < INFINITE:
         if settings[TEMPERATURE] == 0:
             token = first_equal(order, largest)
         else:
