@@ -120,6 +120,20 @@ def test_logits_without_a_finite_number_are_refused(drafting):
         decoder.run([0], [4], Draws(1, config.vocab_size), 10)
 
 
+def test_what_is_measured_is_nobodys_text():
+    """Bug: measuring draws on behind a text's end, where a damaged model has no logits, and the text is refused."""
+    model = model_of(small("dense", d_ff=64, ctx_len=256))
+    end = text_of(NativeDecoder(files_of(model), drafts=False), Sampling(), (1,))[0][1]
+    with torch.no_grad():
+        model.tok_emb.weight[end] = torch.nan
+    assert end not in PROMPT
+    plain, quick = NativeDecoder(files_of(model), drafts=False), NativeDecoder(files_of(model))
+    text, held = text_of(plain, Sampling(), (100,), {end})[:2]
+    assert text[-1] == end
+    assert text_of(quick, Sampling(), (100,), {end})[:2] == (text, held)
+    assert quick.has_drafts
+
+
 @pytest.mark.parametrize("config", ["dense", "gqa_qk_norm", "moe", "tied"], indirect=True)
 def test_weights_are_rounded_to_q8_0(config):
     """Bug: the draft has other weights than INT8 has, which no text shows, only that fewer of its tokens are right."""

@@ -68,8 +68,9 @@ class Drafts:
             # Another text may be easier to foresee, so that drafts are worth a try some time.
             self._right += FORGOTTEN * (USUAL * self._tried - self._right)
             return None
-        drawn = self._write(slot, held, token, draws, stop, length, min(left, BURST), BURST // (length + 1))
+        self._write(slot, held, token, draws, stop, length, min(left, BURST), BURST // (length + 1))
         job = self._model.job
+        drawn = check_drawn(self._model.drawn[: int(job["done"]), None]).copy()
         kept = MEMORY ** int(job["checked"])
         self._tried, self._right = kept * self._tried + int(job["tried"]), kept * self._right + int(job["right"])
         return drawn
@@ -94,15 +95,14 @@ class Drafts:
         length: int,
         most: int,
         checks: int,
-    ) -> np.ndarray:
-        """As `write`, in drafts of so many tokens, with so many `checks` at most, `most` tokens in all."""
+    ) -> None:
+        """As `write`, in drafts of so many tokens, with so many `checks` at most, `most` tokens in all; unchecked."""
         assert self._draft is not None
         assert self._draws is not None
         self._model.draw_with(draws, stop)
         self._draft.draw_with(self._draws, stop)
         self._crew.place(1, slot, held, token)
         self._crew.write_ahead(self._model, self._draft, length, most, checks)
-        return check_drawn(self._model.drawn[: int(self._model.job["done"]), None]).copy()
 
     def _prepare(self, slot: int, held: int, token: int) -> bool:
         """Round the weights, and measure what a draft and its check take: whether that could be done.
