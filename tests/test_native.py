@@ -546,13 +546,46 @@ for moments in range(1, 10):
     assert decoder.prefill(0, tokens).sum() == before
 """
 
+INTERRUPT_THE_FIRST = """
+import threading, time
+from thinker.decode.native import team
+help_out, wait = team.help_out, threading.Event.wait
+def help_late(*arguments):
+    time.sleep(0.05)
+    help_out(*arguments)
+def wait_interrupted(*arguments):
+    if threading.current_thread() is threading.main_thread():
+        threading.Event.wait = wait
+        raise KeyboardInterrupt
+    return wait(*arguments)
+team.help_out, threading.Event.wait = help_late, wait_interrupted
+decoder = open_native(files_of(model_of(config)), 2, threads=3)
+try:
+    decoder.prefill(0, tokens)
+    assert False, "it was to be interrupted while a thread starts"
+except KeyboardInterrupt:
+    pass
+for _ in range(50):
+    decoder.truncate(0, 0)
+    assert decoder.prefill(0, tokens).sum() == before
+    time.sleep(0.003)
+"""
+
 
 @pytest.mark.parametrize(
-    ("body", "layer"), [("", "workqueue"), (FORK, "omp"), (FORK, "workqueue"), (INTERRUPT, "default")]
+    ("body", "layer"),
+    [
+        ("", "workqueue"),
+        (FORK, "omp"),
+        (FORK, "workqueue"),
+        (INTERRUPT, "default"),
+        (INTERRUPT_THE_FIRST, "default"),
+    ],
 )
 def test_threads_end_with_the_process_and_outlive_forks_and_interrupts(body, layer):
     """Bug: the process hangs at its end, a forked child waits for threads that it lacks, or a thread layer aborts; or
-    a helper that was given work but not woken, since Ctrl-C came in between, is waited for without end."""
+    a helper that was given work but not woken, since Ctrl-C came in between, is waited for without end; or Ctrl-C while
+    the first helpers start leaves one that does the job of another, started later, a second time."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM.format(tests=os.path.dirname(__file__), body=body)],
         env=os.environ | {"NUMBA_THREADING_LAYER": layer},

@@ -32,24 +32,33 @@ class Team:
         self.sync = np.zeros(size * STRIDE, np.int64)
         self.address = self.sync.ctypes.data
         self.process = 0
+        self._gathering = threading.Lock()
 
     def do(self, task: int) -> None:
         """Do what the job at the address `task` says, with as many threads as it says."""
         if self.process != os.getpid():
-            self._gather()
+            # Not in this thread, where Ctrl-C could leave helpers that the next ones share their words with.
+            gathering = threading.Thread(target=self._gather)
+            gathering.start()
+            gathering.join()
+            if self.process != os.getpid():
+                raise RuntimeError(f"{len(self.sync) // STRIDE - 1} threads can't be started: choose fewer")
         member(0, self.address, task)
 
     def _gather(self) -> None:
         """Start the helpers, asleep: a new team's, or those that a forked child lacks."""
-        self.sync[:] = 0
-        bells = [Bell() for _ in range(len(self.sync) // STRIDE - 1)]
-        weakref.finalize(self, dismiss, self.sync, bells)
-        for me, bell in enumerate(bells, start=1):
-            self.sync[me * STRIDE + BELL] = bell.address
-            thread = threading.Thread(target=help_out, args=(me, self.sync, bell), name=f"thinker-native-{me}")
-            thread.daemon = True
-            thread.start()
-        self.process = os.getpid()
+        with self._gathering:
+            if self.process == os.getpid():  # by one before, which nobody waited for till its end
+                return
+            self.sync[:] = 0
+            bells = [Bell() for _ in range(len(self.sync) // STRIDE - 1)]
+            weakref.finalize(self, dismiss, self.sync, bells)
+            for me, bell in enumerate(bells, start=1):
+                self.sync[me * STRIDE + BELL] = bell.address
+                thread = threading.Thread(target=help_out, args=(me, self.sync, bell), name=f"thinker-native-{me}")
+                thread.daemon = True
+                thread.start()
+            self.process = os.getpid()
 
 
 class Bell:
