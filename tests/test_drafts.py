@@ -81,8 +81,8 @@ def test_only_the_end_of_a_text_cuts_a_check_short(drafting, monkeypatch):
     """Bug: a call's last check reads all weights for the few tokens that are left of the call, not of the text."""
     wanted, given, write_ahead = 60, [], Crew.write_ahead
 
-    def note(self, model, draft, length, turns, checks):
-        write_ahead(self, model, draft, length, turns, checks)
+    def note(self, model, draft, length, turns, checks, **options):
+        write_ahead(self, model, draft, length, turns, checks, **options)
         given.append((wanted - sum(done for *_, done in given), (length + 1) * checks, turns, int(model.job["done"])))
 
     decoder = NativeDecoder(files_of(model_of(small("dense", d_ff=64, ctx_len=64))), threads=1)
@@ -199,6 +199,24 @@ def test_a_token_without_drafts_is_measured_apart_from_them(monkeypatch):
     first = done.index("drafted")
     assert first >= 2
     assert set(done[first:]) == {"drafted"}
+
+
+def test_a_stall_is_not_measured(monkeypatch):
+    """Bug: another program takes a core for an instant, so that drafts, or what they are compared with, are measured
+    with one thread, and are too slow or too quick for good."""
+    monkeypatch.setattr("thinker.decode.native.crew.processors", lambda: 2)
+    monkeypatch.setattr("thinker.decode.native.crew.fastest", lambda choices, *_: list(choices)[-1])
+    decoder = NativeDecoder(files_of(model_of(small("dense", d_ff=64, ctx_len=256))))
+    threads, hand_out = [], Crew._hand_out
+
+    def note(self, model, *others):
+        hand_out(self, model, *others)
+        threads.append(int(model.job["threads"]))
+
+    monkeypatch.setattr(Crew, "_hand_out", note)
+    decoder._crew._pace.alone_until = float("inf")
+    assert decoder._drafts._prepare(0, 10, 1)
+    assert set(threads) == {2}
 
 
 def test_drafts_are_as_long_as_pays():

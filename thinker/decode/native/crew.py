@@ -58,14 +58,16 @@ class Crew:
         job["draw"], job["turns"], job["done"], job["draft"] = draw, turns, 1, 0
         self._hand_out(model, rows, (model.task, rows, together) if paced else None, "done")
 
-    def write_ahead(self, model: Model, draft: Model, length: int, turns: int, checks: int) -> None:
+    def write_ahead(
+        self, model: Model, draft: Model, length: int, turns: int, checks: int, *, paced: bool = True
+    ) -> None:
         """Another: up to `turns` tokens of the first row's slot, in drafts of `length` by another model and checks."""
         job = draft.job
         job["rows"], job["together"], job["logits_from"], job["draw"] = 1, 1, 0, 1
         job = model.job
         job["together"], job["logits_from"], job["embedded"], job["turns"] = QUERIES, 0, 0, turns
         job["draft"], job["length"], job["checks"], job["tried"], job["right"] = draft.task, length, checks, 0, 0
-        self._hand_out(model, 1, (model.task, "ahead", length), "checked")
+        self._hand_out(model, 1, (model.task, "ahead", length) if paced else None, "checked")
 
     def _hand_out(self, model: Model, rows: int, kind: Hashable | None, count: str) -> None:
         """Have a model's job done by as many threads as are best; `count` names what says how many turns it took."""

@@ -95,6 +95,8 @@ class Drafts:
         length: int,
         most: int,
         checks: int,
+        *,
+        paced: bool = True,
     ) -> None:
         """As `write`, in drafts of so many tokens, with so many `checks` at most, `most` tokens in all; unchecked."""
         assert self._draft is not None
@@ -102,7 +104,7 @@ class Drafts:
         self._model.draw_with(draws, stop)
         self._draft.draw_with(self._draws, stop)
         self._crew.place(1, slot, held, token)
-        self._crew.write_ahead(self._model, self._draft, length, most, checks)
+        self._crew.write_ahead(self._model, self._draft, length, most, checks, paced=paced)
 
     def _prepare(self, slot: int, held: int, token: int) -> bool:
         """Round the weights, and measure what a draft and its check take: whether that could be done.
@@ -123,11 +125,11 @@ class Drafts:
 
         def turn(length: int) -> None:
             if length:
-                self._write(slot, held, token, draws, none, length, length + 1, checks=1)
+                self._write(slot, held, token, draws, none, length, length + 1, checks=1, paced=False)
             else:
                 self._model.draw_with(draws, none)
                 crew.place(1, slot, held, token)
-                crew.do(self._model, 1, draw=1, turns=FEW)
+                crew.do(self._model, 1, draw=1, turns=FEW, paced=False)
 
         # Not in turns: where the last cache holds float32's weights, a draft's would push them out for what follows.
         alone = seconds_of([0], turn, MEASURED / 3)[0] / FEW
