@@ -25,7 +25,7 @@ from thinker.decode.decoder import Decoder
 from thinker.decode.native import ahead, crew, open_native, product, rows, shares
 from thinker.decode.native.decoder import NativeDecoder
 from thinker.decode.native.elementwise import to_float16
-from thinker.decode.native.layout import CHUNK, JOB, PANEL, PIECE, PIECES, QUERIES, SHAPE, SHORT, sparse
+from thinker.decode.native.layout import CHUNK, JOB, PANEL, PIECE, PIECES, QUERIES, ROWS, SHAPE, SHORT, sparse
 from thinker.decode.native.pace import LEAST, MOST, Pace
 from thinker.decode.torch_decoder import TorchDecoder
 from thinker.formats.q8 import Q8Tensor
@@ -84,6 +84,29 @@ def test_logits_equal_the_networks(config):
     assert_within(decoder.prefill(0, embeddings=embeddings, every=True), theirs)
 
 
+@pytest.mark.parametrize("config", ["gqa_qk_norm", "moe"], indirect=True)
+def test_prompts_may_be_longer_than_a_block(config):
+    """Bug: the second block of a prompt has the first one's tokens, embeddings or places, or its logits are lost."""
+    config = config.changed(ctx_len=2 * ROWS + 5)
+    model = model_of(config)
+    tokens = tokens_of(config, config.ctx_len)
+    theirs, whole = logits_of(model, tokens), trace(model, torch.as_tensor(tokens)[None])
+    with torch.no_grad():
+        embeddings = model.tok_emb(torch.as_tensor(tokens)).numpy()
+    decoder = open_native(files_of(model), threads=2)
+    seen = decoder.trace(tokens)
+    for layer in range(config.n_layers):
+        np.testing.assert_allclose(seen.attention[layer], whole.attention[layer][0].numpy(), atol=1e-5)
+    np.testing.assert_allclose(seen.norms, whole.norms[:, 0].numpy(), rtol=1e-5)
+    for given in ({"tokens": tokens}, {"embeddings": embeddings}):
+        decoder.truncate(0, 0)
+        ours = decoder.prefill(0, **given, every=True)
+        assert_within(ours, theirs)
+        decoder.truncate(0, 3)
+        last = decoder.prefill(0, **{name: all_of[3:] for name, all_of in given.items()})
+        assert np.array_equal(last, ours[-1])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("config", ["dense", "gqa_qk_norm", "moe", "everything", "plain_relu2"], indirect=True)
 def test_the_same_bytes_however_it_is_computed(config, dtype):
@@ -94,7 +117,7 @@ def test_the_same_bytes_however_it_is_computed(config, dtype):
     tokens = tokens_of(config, 46)
     reference = open_native(files, dtype=dtype, threads=1).prefill(0, tokens, every=True)
     for threads in (1, 2):
-        decoder = open_native(files, 32, dtype, threads)
+        decoder = open_native(files, ROWS, dtype, threads)
         for cuts in ((46,), (1,) * 46, (7, 1, 20, 18), (45, 1)):
             decoder.truncate(3, 0)
             at, parts = 0, []
@@ -103,8 +126,8 @@ def test_the_same_bytes_however_it_is_computed(config, dtype):
                 at += cut
             assert np.array_equal(np.concatenate(parts), reference), (threads, cuts)
         rng = np.random.default_rng(1)
-        for slots in (2, 5, 32):
-            chosen = rng.permutation(32)[:slots]
+        for slots in (2, 5, 32, ROWS):
+            chosen = rng.permutation(ROWS)[:slots]
             lengths = rng.integers(1, 45, slots)
             for slot, length in zip(chosen, lengths, strict=True):
                 decoder.truncate(slot, 0)
@@ -295,17 +318,18 @@ def test_a_kernel_without_huge_pages_is_no_hindrance(monkeypatch):
         assert not sparse(100, np.float32, piece).any()
 
 
-def test_nothing_reads_past_what_was_written():
+@pytest.mark.parametrize(("dtype", "guard"), [("float32", np.nan), ("int8", 0x7E00)])  # a float16 that is NaN
+def test_nothing_reads_past_what_was_written(dtype, guard):
     """Bug: attention reads keys or values that belong to no token yet; with zeros there nobody would notice."""
-    config = small("gqa")
+    config = small("gqa", d_ff=64)
     files = files_of(model_of(config))
     tokens = tokens_of(config, 30)
-    clean = open_native(files, 3, threads=2)
-    guarded = open_native(files, 3, threads=2)
+    clean = open_native(files, 3, dtype, threads=2)
+    guarded = open_native(files, 3, dtype, threads=2)
     for decoder in (clean, guarded):
         if decoder is guarded:
             for cache in decoder._model.caches:
-                cache[:] = np.nan
+                cache[:] = guard
         decoder.prefill(1, tokens[:20])
     for token in tokens[20:]:
         ours = guarded.step([1], [token])
