@@ -61,6 +61,22 @@ def test_a_text_is_what_it_is_without_drafts(config, threads, drafting):
             assert checked(quick)
 
 
+def test_drafts_may_follow_embeddings(drafting):
+    """Bug: the check takes what is left of a picture's vectors for those of the drafted tokens."""
+    config = small("gqa_qk_norm", d_ff=64, head_dim=16)
+    files = files_of(model_of(config))
+    embeddings = np.random.default_rng(0).normal(size=(9, config.d_model)).astype(np.float32)
+    plain, quick = NativeDecoder(files, threads=2, drafts=False), NativeDecoder(files, threads=2)
+    for _ in range(2):  # the first measures drafts after the embeddings, the second makes one at once
+        written = []
+        for decoder in (plain, quick):
+            decoder.truncate(0, 0)
+            decoder.prefill(0, embeddings=embeddings)
+            written.append(decoder.run([0], [4], Draws(1, config.vocab_size), 30).tolist())
+        assert written[0] == written[1]
+    assert checked(quick)
+
+
 @pytest.mark.parametrize("config", ["dense", "gqa_qk_norm", "tied"], indirect=True)
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_drafts_are_right_where_int8_loses_nothing(config, sampling, drafting):
