@@ -683,3 +683,24 @@ def test_a_busy_moment_does_not_choose_the_threads_for_good(monkeypatch, drafts)
     assert numbers == [1, 1, 2, 2]
     assert decoder.has_drafts == drafts
     assert not decoder._crew.doubts(10**9)
+
+
+def test_ctrl_c_while_threads_are_measured_chooses_nothing(monkeypatch):
+    """Bug: what was being tried when Ctrl-C came stays for good, such as all threads where one is the fastest."""
+
+    def interrupted(choices, do, *_):
+        for choice in choices:
+            do(choice)
+        raise KeyboardInterrupt
+
+    config = small("dense", ctx_len=256)
+    monkeypatch.setattr(crew, "processors", lambda: 2)
+    monkeypatch.setattr(crew, "AGAIN", 100)
+    with monkeypatch.context() as patched:
+        patched.setattr(crew, "fastest", lambda *_: (1, CHUNK))
+        decoder = NativeDecoder(files_of(model_of(config)))
+    monkeypatch.setattr(crew, "fastest", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        decoder.run([0], [4], Draws(1, config.vocab_size), 120)
+    assert (decoder.threads, int(decoder._model.shape[0]["abreast"])) == (1, CHUNK)
+    assert decoder.length(0) == 0

@@ -94,7 +94,11 @@ class Crew:
             self.do(model, 1, paced=False)
 
         counts = counts or [*(few for few in (1, 2, 4, 8) if few < self.most), self.most]
-        self.threads, model.shape["abreast"] = fastest(product_of(counts, (CHUNK, 1)), one_token, seconds)
+        chosen = self.threads, int(model.shape["abreast"][0])
+        try:
+            chosen = fastest(product_of(counts, (CHUNK, 1)), one_token, seconds)
+        finally:  # as it was before, if Ctrl-C comes in between
+            self.threads, model.shape["abreast"] = chosen
 
     def doubts(self, tokens: int) -> bool:
         """Whether to settle again before so many more tokens: another program may have been busy the last time."""
