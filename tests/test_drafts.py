@@ -167,14 +167,20 @@ def test_weights_are_rounded_to_q8_0(config):
 
 
 @pytest.mark.parametrize(
-    "reason", ["not wanted", "INT8", "no whole blocks", "too large for INT8", "not alone", "short"]
+    "reason", ["not wanted", "INT8", "no whole blocks", "too large for INT8", "no memory", "not alone", "short"]
 )
-def test_no_drafts_where_they_can_not_be(reason):
+def test_no_drafts_where_they_can_not_be(reason, monkeypatch):
     """Bug: the decoder fails where it only can't be made faster, or takes memory for what isn't used."""
     config = small("dense", d_ff=48 if reason == "no whole blocks" else 64, ctx_len=10 if reason == "short" else 256)
     model = model_of(config)
     if reason == "too large for INT8":
         model.head.weight.data[0, 0] = 1e9
+    if reason == "no memory":
+
+        def none_left(*_):
+            raise MemoryError("Unable to allocate 2.00 GiB")
+
+        monkeypatch.setattr(module, "round_weights", none_left)
     dtype = "int8" if reason == "INT8" else "float32"
     decoder = NativeDecoder(files_of(model), 2, dtype, drafts=reason != "not wanted")
     draws, slots = Draws(2, config.vocab_size), [0, 1] if reason == "not alone" else [0]

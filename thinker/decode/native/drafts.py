@@ -9,6 +9,8 @@ them the check replaces.
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 
 from ...compiled.processor import LOW, TALL
@@ -114,7 +116,8 @@ class Drafts:
         if held + max(*LENGTHS, FEW) + 1 > self._config.ctx_len:
             return False
         if self._draft is None:
-            self._draft = self._rounded()
+            with contextlib.suppress(MemoryError):
+                self._draft = self._rounded()
         if self._draft is None:
             self._waiting = float("inf")
             return False
