@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -384,6 +385,34 @@ def test_where_native_cannot_auto_says_so_and_takes_torch(folder, monkeypatch):
     for options in ({"backend": "native"}, {"dtype": "int8"}):
         with pytest.raises(ValueError, match="no native kernels on this machine: no vectors"):
             _ = load(folder, **options).decoder
+
+
+@pytest.mark.parametrize("missing", [("numba",), ("numba", "llvmlite")])
+def test_without_numba_there_is_one_line_and_the_same_text(folder, tmp_path, missing):
+    """Bug: a traceback where a compiler isn't installed, since its version is asked for, or the sampler has to have it.
+
+    Neither may be asked for by its name, nor kernels be at hand that were compiled before.
+    """
+    options = {"max_new_tokens": 12, "temperature": 0.9, "top_p": 0.9, "seed": 3}
+    program = f"""
+import importlib.metadata, sys
+for name in {missing}:
+    sys.modules[name] = None
+version = importlib.metadata.version
+def installed(name):
+    if name in {missing}:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+importlib.metadata.version = installed
+import thinker
+llm = thinker.load({str(folder)!r}, notice=lambda line: print(line, file=sys.stderr))
+print(llm.generate("Once upon", **{options}))
+"""
+    environment = os.environ | {"THINKER_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("computing in torch: no native kernels on this machine: ")
+    assert done.stdout == load(folder, backend="torch").generate("Once upon", **options) + "\n"
 
 
 def test_a_damaged_model_is_no_reason_to_change_the_way(tmp_path):

@@ -200,6 +200,41 @@ def test_impossible_logits():
     assert len(set(drawn(flat, Sampling(temperature=1.0, top_k=80_000), 50))) > 40, "more candidates than there are"
 
 
+def test_without_a_compiler_the_draws_are_the_same(monkeypatch):
+    """Bug: a text depends on whether something could be compiled, or there is none where nothing can."""
+    rng, tokens = np.random.default_rng(0), set()
+    for vocabulary in (1, 2, 40, 3000):
+        for _ in range(150):
+            logits = (rng.standard_normal((3, vocabulary)) * rng.choice([0.01, 1, 20])).astype(np.float32)
+            if rng.random() < 0.5:
+                logits = logits.round(1)  # equals, and zeros of either sign
+            logits[0, rng.random(vocabulary) < 0.3] = rng.choice([-np.inf, np.nan])
+            logits[0, 0] = 0
+            settings = Sampling(
+                temperature=rng.choice([0, 0.001, 0.7, 1, 5]),
+                top_k=int(rng.choice([0, 1, 5, vocabulary])),
+                top_p=rng.choice([0.001, 0.5, 0.95, 1]),
+                min_p=rng.choice([0, 0.05, 1]),
+                repetition_penalty=rng.choice([1, 1.3, 0.5]),
+                temperature_last=bool(rng.integers(2)),
+                seed=int(rng.integers(1 << 63)),
+            )
+            both = []
+            for compiled in (True, False):
+                monkeypatch.setattr(sampling, "is_compiled", lambda compiled=compiled: compiled)
+                draws = Draws(3, vocabulary)
+                for slot in range(3):
+                    draws.begin(slot, settings, slot, [0, vocabulary // 2])
+                drawn = [draws.draw([2, 0, 1], logits).tolist() for _ in range(4)]
+                both.append((drawn, draws.keys.tolist(), draws.seen.tobytes()))
+            assert both[0] == both[1], settings
+            tokens |= {token for drawn in both[0][0] for token in drawn}
+    assert len(tokens) > 500
+    for impossible in (np.nan, -np.inf, np.inf):
+        with pytest.raises(ValueError, match="no finite number"):
+            Draws(1, V).draw([0], np.full((1, V), impossible, np.float32))
+
+
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}])
 @pytest.mark.parametrize("infinite", [[17], range(V)])
 def test_an_infinite_logit_is_refused(options, infinite):

@@ -6,6 +6,7 @@ imports no torch. How texts come about is in `generate.py` and `chat.py`, format
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import sys
@@ -171,7 +172,9 @@ class LLM:
         from .decode.native import NativeUnavailable, open_native
         from .decode.native.kernels import member
 
-        kept = member.is_kept
+        kept = True
+        with contextlib.suppress(ImportError):  # of which `open_native` will say more
+            kept = member.is_kept
         if not kept and sys.stderr is not None and sys.stderr.isatty():
             print("compiling the kernels for this processor, some 20 seconds, once", file=sys.stderr)
         quantised = self.files.dtype not in get_args(TorchType)

@@ -15,15 +15,13 @@ import numpy as np
 from numba import njit
 
 from .compiled.memory import doubles, floats, integers, marks, unsigned, words
-from .sampling import INDEX, MIN_P, PENALTY, REQUEST, SEED, TEMPERATURE, TEMPERATURE_LAST, TOP_K, TOP_P
+from .sampling import INDEX, LN2, MIN_P, NEAREST, PENALTY, REQUEST, SEED, TEMPERATURE, TEMPERATURE_LAST, TOP_K, TOP_P
+from .sampling import ONE as ONE
 
-ONE = 1 << 30  # the weight of the likeliest candidate
 LOWEST = -(1 << 31)  # the rank of what can't be drawn
 INFINITE = 0x7F800000  # the rank of +inf, beside which nothing has a probability
 BLOCK = 64  # candidates looked through at once
 LOOKS = 4  # before a bisection leaves behind what its border can't be among
-NEAREST = np.float32(3 << 22)  # added to a small number it leaves no bits after the point
-LN2 = tuple(np.float32(math.log(2) ** i / math.factorial(i)) for i in range(7))
 
 
 def draw_rows(slots, n, logits, V, settings, keys, seen, scratch, tokens):  # type: ignore[no-untyped-def]

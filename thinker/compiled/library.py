@@ -19,11 +19,12 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-from llvmlite import binding
+from typing import TYPE_CHECKING, Any
 
 from ..places import cache_folder
+
+if TYPE_CHECKING:
+    from llvmlite import binding
 
 HERE = Path(__file__).parent
 COMPILERS = ("numba", "llvmlite")
@@ -56,7 +57,7 @@ class Kernel:
 
     @property
     def is_kept(self) -> bool:
-        """Whether it has been compiled before."""
+        """Whether it has been compiled before. Raises `ImportError` without a compiler."""
         return self._file.exists()
 
     @cached_property
@@ -67,6 +68,8 @@ class Kernel:
 
     @cached_property
     def _file(self) -> Path:
+        from llvmlite import binding
+
         digest = hashlib.sha256(self.module.encode())
         for source in [*sorted(HERE.glob("*.py")), *sorted(self.sources)]:
             digest.update(source.read_bytes())
@@ -124,6 +127,8 @@ def keep(path: Path, content: bytes) -> None:
 
 def load(symbol: str, code: bytes) -> tuple[binding.ExecutionEngine, int]:
     """Link an object file into this process: what keeps it there, and the symbol's address."""
+    from llvmlite import binding
+
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     machine = binding.Target.from_default_triple().create_target_machine()

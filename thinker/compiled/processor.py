@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import platform
 
-from llvmlite import binding
+try:
+    from llvmlite import binding
+except ImportError:  # then there are no kernels, whose form it could be
+    _FEATURES, _NAME = {}, ""
+else:
+    _FEATURES, _NAME = binding.get_host_cpu_features(), binding.get_host_cpu_name()
 
 MACHINE = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
-_FEATURES = binding.get_host_cpu_features()
 
 LANES = 16  # float32 numbers in a vector; LLVM splits it on processors with narrower registers
 # Thirty-two registers of sixteen float32 numbers, where others have sixteen of eight, or thirty-two of four.
@@ -23,7 +27,6 @@ CONVERTS = MACHINE == "aarch64" or _FEATURES.get("f16c", False)
 # Bytes that are worth fetching long before they are used, and how many of them while a block is multiplied, as
 # measured: Zen 4 keeps near what falls out of a core's own cache, and its memory is quick; Zen 3's cache has to hold
 # them, and its memory answers more slowly; Emerald Rapids is the slower for it.
-_NAME = binding.get_host_cpu_name()
 _ZEN = _NAME.startswith("znver")
 FETCHED, PIECE = (0, 2048) if not _ZEN else (1 << 24, 2048) if WIDE else (1 << 21, 512)
 # Into which cache a product's next weights come, counted from memory, and for how many turns of rows at least. With

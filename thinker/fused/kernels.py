@@ -144,7 +144,7 @@ def must_compile(dtype: torch.dtype) -> bool:
     """Whether kernels for such numbers can be had here, but not at once."""
     try:
         return multiplies(dtype) and not are_kept(dtype)
-    except ImportError:  # no Numba, whose version is in their names
+    except ImportError:
         return False
 
 
