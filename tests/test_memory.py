@@ -14,6 +14,7 @@ from thinker.train.allocator import ran_out_of_memory
 from thinker.train.config import TrainConfig
 from thinker.train.decide import repeatable
 from thinker.train.loop import fit, take_step
+from thinker.train.run import OutOfMemory
 from thinker.train.start import begin, resume
 
 ARCHITECTURE = ThinkerConfig(vocab_size=300, n_layers=2, d_model=32, n_heads=2, d_ff=64, ctx_len=32, dropout=0.0)
@@ -217,6 +218,26 @@ def test_one_row_too_many_is_an_error_with_remedies(start):
     _, run = start(batch_size=2)
     with pytest.raises(ValueError, match=r"out of memory at step 1 with 1 row of ctx_len 32.*checkpoint-activations"):
         take_step(run, Scarce(run.module, 0, MemoryError()), 0.5)
+
+
+def test_what_was_trained_before_memory_ran_out_is_kept(start, monkeypatch):
+    """Bug: another program takes the memory after an hour, and everything since the last save is lost."""
+    settings, run = start()
+    scarce, watching = Scarce(run.module, 99, MemoryError()), Watching()
+    monkeypatch.setattr(loop, "step_module", lambda run: scarce)
+
+    def after_step(run, report):
+        if run.step == 2:
+            scarce.rows = 0
+
+    watching.after_step = after_step
+    with repeatable(None), pytest.raises(OutOfMemory, match=r"out of memory at step 3 .*; .* keeps the 2 steps until"):
+        fit(run, watching)
+    with repeatable(None):
+        again = resume(ARCHITECTURE, settings, {"out"}, lambda line: None)
+    assert again.step == 2
+    for kept, left in zip(again.module.parameters(), run.module.parameters(), strict=True):
+        assert torch.equal(kept, left)
 
 
 def test_other_errors_pass(start):

@@ -26,7 +26,7 @@ from .allocator import ran_out_of_memory
 from .decide import dropout_seed
 from .held_out import look, look_is_due
 from .optim import rate, set_beta2, set_rate
-from .run import Run
+from .run import OutOfMemory, Run
 
 Halved = Callable[[Run], None]  # told when a batch was too large for the memory
 
@@ -96,7 +96,7 @@ def until_interrupted() -> Iterator[Interruption]:
 def fit(run: Run, watcher: Watcher) -> int | None:
     """Train until the run's limit and save. Returns the signal that ended it early, None when it is complete.
 
-    Raises `Diverged` without saving what has become useless.
+    Raises `Diverged` without saving what has become useless, `OutOfMemory` after saving.
     """
     settings = run.settings
     module = step_module(run)
@@ -123,7 +123,13 @@ def fit(run: Run, watcher: Watcher) -> int | None:
             start = time.perf_counter()
             share = rate(progress, schedule=settings.schedule, warmup=settings.warmup, cooldown=settings.cooldown)
             tokens = run.batches.tokens_in(run.step)
-            loss, balance, norm = take_step(run, module, share, halved)
+            try:
+                loss, balance, norm = take_step(run, module, share, halved)
+            except OutOfMemory as error:  # before anything of the step has changed a parameter
+                if run.step in (0, run.saved):
+                    raise
+                run.save()
+                raise OutOfMemory(f"{error}; {run.folder} keeps the {run.step:,} steps until then") from None
             elapsed = time.perf_counter() - start
             rows = _micro_rows(run)  # memory may have run out
             run.count(tokens, elapsed)

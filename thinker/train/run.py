@@ -38,6 +38,10 @@ Say = Callable[[str], None]
 TrainingBatches = Batches | PackedBatches | MixedBatches
 
 
+class OutOfMemory(ValueError):
+    """Even one row at once takes more than there is; the message says what to try."""
+
+
 @dataclass(frozen=True)
 class Best:
     """The step with the lowest held-out loss so far, and how many looks since then found none lower."""
@@ -131,10 +135,10 @@ class Run:
     def halve(self) -> None:
         """From here on half the rows at once and twice the micro-batches; the step's rows stay. Recorded on saving.
 
-        Raises `ValueError` when there is only one row left to halve.
+        Raises `OutOfMemory` when there is only one row left to halve.
         """
         if self.rows_at_once == 1:
-            raise ValueError(
+            raise OutOfMemory(
                 f"out of memory at step {self.step + 1} with 1 row of ctx_len {self.config.ctx_len} at once: try "
                 "--checkpoint-activations, a smaller --ctx-len, --d-model or --n-layers, or free memory"
             )
