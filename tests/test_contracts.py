@@ -127,6 +127,8 @@ def test_version_and_command() -> None:
     assert thinker.__version__ == project["version"]
     (command,) = importlib.metadata.entry_points(group="console_scripts", name="thinker")
     assert callable(command.load())
+    said = subprocess.run([sys.executable, "-m", "thinker", "--version"], capture_output=True, text=True, check=True)
+    assert said.stdout == f"{thinker.__version__}\n"
 
 
 def test_every_room_has_its_floor() -> None:
