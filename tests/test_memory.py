@@ -220,11 +220,15 @@ def test_one_row_too_many_is_an_error_with_remedies(start):
         take_step(run, Scarce(run.module, 0, MemoryError()), 0.5)
 
 
-def test_what_was_trained_before_memory_ran_out_is_kept(start, monkeypatch):
+@pytest.mark.parametrize("while_compiling", [False, True])
+def test_what_was_trained_before_memory_ran_out_is_kept(start, monkeypatch, while_compiling):
     """Bug: another program takes the memory after an hour, and everything since the last save is lost."""
     settings, run = start()
     scarce, watching = Scarce(run.module, 99, MemoryError()), Watching()
     monkeypatch.setattr(loop, "step_module", lambda run: scarce)
+    if while_compiling:  # for other rows, as at a ramp's next stage
+        run.decisions = replace(run.decisions, compile=True)
+        monkeypatch.setattr(loop, "_micro_rows", lambda run: run.step)
 
     def after_step(run, report):
         if run.step == 2:

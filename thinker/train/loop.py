@@ -93,6 +93,18 @@ def until_interrupted() -> Iterator[Interruption]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def keeping_steps(run: Run) -> Iterator[None]:
+    """Have what was trained saved when memory runs out: nothing of a step that fails so has changed a parameter."""
+    try:
+        yield
+    except OutOfMemory as error:
+        if run.step in (0, run.saved):
+            raise
+        run.save()
+        raise OutOfMemory(f"{error}; {run.folder} keeps the {run.step:,} steps until then") from None
+
+
 def fit(run: Run, watcher: Watcher) -> int | None:
     """Train until the run's limit and save. Returns the signal that ended it early, None when it is complete.
 
@@ -113,7 +125,7 @@ def fit(run: Run, watcher: Watcher) -> int | None:
             warm_up(run, module, watcher.out_of_memory)
             start = time.perf_counter()
 
-    with until_interrupted() as interruption:
+    with until_interrupted() as interruption, keeping_steps(run):
         while (progress := run.progress()) < 1 and interruption.signal is None and not run.overfits:
             if run.decisions.compile and _micro_rows(run) != rows:  # at first, and at a ramp's next stage
                 watcher.compiling(run)
@@ -123,13 +135,7 @@ def fit(run: Run, watcher: Watcher) -> int | None:
             start = time.perf_counter()
             share = rate(progress, schedule=settings.schedule, warmup=settings.warmup, cooldown=settings.cooldown)
             tokens = run.batches.tokens_in(run.step)
-            try:
-                loss, balance, norm = take_step(run, module, share, halved)
-            except OutOfMemory as error:  # before anything of the step has changed a parameter
-                if run.step in (0, run.saved):
-                    raise
-                run.save()
-                raise OutOfMemory(f"{error}; {run.folder} keeps the {run.step:,} steps until then") from None
+            loss, balance, norm = take_step(run, module, share, halved)
             elapsed = time.perf_counter() - start
             rows = _micro_rows(run)  # memory may have run out
             run.count(tokens, elapsed)
