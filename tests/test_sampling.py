@@ -10,8 +10,8 @@ import pytest
 
 from thinker import sampling, sampling_kernels
 from thinker.decode.native.kernels import member
-from thinker.sampling import Draws, Sampling, draw_rows
-from thinker.sampling_kernels import ONE, kth_largest, mass_before, mass_from, share_of
+from thinker.sampling import ONE, Draws, Sampling, draw_rows
+from thinker.sampling_kernels import kth_largest, mass_before, mass_from, share_of
 
 V = 40
 

@@ -167,7 +167,7 @@ def test_what_is_compiled_once_is_announced_where_it_is(text, tmp_path, monkeypa
     monkeypatch.setattr(kernels, "numbers", lambda: torch.float32)
     monkeypatch.setattr(kernels, "multiplies", lambda dtype: dtype == torch.float32)
     monkeypatch.setattr(kernels, "is_available", lambda dtype: False)
-    monkeypatch.setattr(kernels, "are_kept", lambda dtype: False)
+    monkeypatch.setattr(kernels, "must_compile", lambda dtype: True)
     said = []
     with repeatable(None):
         fit(

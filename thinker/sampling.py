@@ -24,7 +24,7 @@ MOST_PENALTY = 1e9  # beyond, scores leave float32
 ONE = 1 << 30  # the weight of the likeliest candidate
 NEAREST = np.float32(3 << 22)  # added to a small number it leaves no bits after the point
 LN2 = tuple(np.float32(math.log(2) ** i / math.factorial(i)) for i in range(7))
-HALF = (1 << 32) - 1
+HALF = (1 << 32) - 1  # a mask, of the lower half of 64 bits
 
 # Columns of the table of settings, one row a slot.
 TEMPERATURE, TOP_K, TOP_P, MIN_P, PENALTY, TEMPERATURE_LAST = range(6)

@@ -15,8 +15,20 @@ import numpy as np
 from numba import njit
 
 from .compiled.memory import doubles, floats, integers, marks, unsigned, words
-from .sampling import INDEX, LN2, MIN_P, NEAREST, PENALTY, REQUEST, SEED, TEMPERATURE, TEMPERATURE_LAST, TOP_K, TOP_P
-from .sampling import ONE as ONE
+from .sampling import (
+    INDEX,
+    LN2,
+    MIN_P,
+    NEAREST,
+    ONE,
+    PENALTY,
+    REQUEST,
+    SEED,
+    TEMPERATURE,
+    TEMPERATURE_LAST,
+    TOP_K,
+    TOP_P,
+)
 
 LOWEST = -(1 << 31)  # the rank of what can't be drawn
 INFINITE = 0x7F800000  # the rank of +inf, beside which nothing has a probability

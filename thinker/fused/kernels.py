@@ -135,15 +135,10 @@ def multiplies(dtype: torch.dtype) -> bool:
     return sys.platform == "linux" and platform.machine() == "x86_64" and able
 
 
-def are_kept(dtype: torch.dtype) -> bool:
-    """Whether all for such numbers have been compiled before."""
-    return all(kernel.is_kept for kernel in KERNELS[dtype])
-
-
 def must_compile(dtype: torch.dtype) -> bool:
     """Whether kernels for such numbers can be had here, but not at once."""
     try:
-        return multiplies(dtype) and not are_kept(dtype)
+        return multiplies(dtype) and not all(kernel.is_kept for kernel in KERNELS[dtype])
     except ImportError:
         return False
 
