@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import thinker
-from thinker.bench.limits import cores
+from thinker.compiled.processor import processors
 
 from . import models
 from .results import Figure, Line, Match, Results, Target, median, quartiles, ratio, worst
@@ -41,7 +41,7 @@ def llamacpp(kind: str, task: str = "decode", model: Path = models.TINY, **optio
             f"benchmarks.contestants.llamacpp:{task}",
             {"model": str(models.gguf(model, kind)), "threads": threads, "keys_and_values": cache} | options,  # type: ignore[arg-type]
         )
-        for threads in sorted({1, cores()})
+        for threads in sorted({1, processors()})
         for cache in ("float16", "float32")
     ]
 

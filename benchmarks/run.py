@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from thinker.bench.limits import cores, processor
+from thinker.bench.limits import processor
+from thinker.compiled.processor import processors
 from thinker.train.decide import versions
 
 from .results import Match, as_json, as_markdown, save, save_overview
@@ -61,7 +62,7 @@ def main(
 
     machine = {
         "processor": processor(),
-        "cores": cores(),
+        "cores": processors(),
         "instructions": versions()["capability"],
         "system": platform.platform(terse=True),
         "python": platform.python_version(),

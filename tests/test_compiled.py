@@ -130,10 +130,9 @@ def test_speaking_needs_no_numba_once_kernels_are_kept():
     """Bug: an import brings Numba back, which takes longer than everything else that one answer needs."""
     program = (
         "import sys\n"
-        "from thinker.decode.native.kernels import member, product, round_panels\n"
-        "from thinker.sampling import draw_rows\n"
+        "from thinker.decode.native.kernels import ALL\n"
         "import thinker.decode.native.decoder, thinker.generate, thinker.llm, thinker.commands.generate\n"
-        "for kernel in (member, product, round_panels, draw_rows):\n"
+        "for kernel in ALL:\n"
         "    assert kernel.prepare()\n"
         "print('numba' in sys.modules, 'torch' in sys.modules)\n"
     )
@@ -158,3 +157,28 @@ def test_what_only_this_process_can_run_is_not_kept(tmp_path):
     environment = os.environ | {"THINKER_CACHE": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=300)
     assert done.stdout.split() == ["False"], done.stderr
+
+
+def test_several_are_compiled_side_by_side(kernel, tmp_path, monkeypatch):
+    """Bug: whoever wants three waits three times as long, or gets another's, or one that this process doesn't find."""
+    monkeypatch.setattr(library, "processors", lambda: 3)
+    first, *others = (kernel(SOURCE.replace("* 2", f"* {i}"), f"kernel_{i}") for i in (2, 3, 4))
+    library.compile_missing([first, *others])
+    assert all(one.is_kept for one in (first, *others))
+    monkeypatch.setattr(library, "compile_kernel", None)
+    assert [answer(one)[1][0] for one in (first, *others)] == [2, 3, 4]
+
+
+def test_what_fails_elsewhere_is_compiled_here(kernel, tmp_path, monkeypatch):
+    """Bug: a machine that can't start a second process, or has no room on its disk, has no kernels."""
+    monkeypatch.setattr(library, "processors", lambda: 2)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nowhere"))
+    pair = [kernel(), kernel(SOURCE.replace("* 2", "* 3"), "another_under_test")]
+    library.compile_missing(pair)
+    assert [one.is_kept for one in pair] == [True, False]
+    assert answer(pair[1])[1][0] == 3
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("THINKER_CACHE", str(tmp_path / "file"))
+    alone = kernel(SOURCE.replace("* 2", "* 4"), "third_under_test")
+    library.compile_missing([alone, kernel(module="fourth_under_test")])
+    assert answer(alone)[1][0] == 4

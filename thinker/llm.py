@@ -170,13 +170,13 @@ class LLM:
         if self._in_torch:
             return None
         from .decode.native import NativeUnavailable, open_native
-        from .decode.native.kernels import member
+        from .decode.native.kernels import network
 
         kept = True
         with contextlib.suppress(ImportError):  # of which `open_native` will say more
-            kept = member.is_kept
+            kept = network.is_kept
         if not kept and sys.stderr is not None and sys.stderr.isatty():
-            print("compiling the kernels for this processor, some 20 seconds, once", file=sys.stderr)
+            print("compiling the kernels for this processor, some 10 seconds, once", file=sys.stderr)
         quantised = self.files.dtype not in get_args(TorchType)
         int8 = self._dtype == "int8" or (self._dtype is None and quantised)
         try:
@@ -188,7 +188,7 @@ class LLM:
             self._notice(f"computing in torch: {line}")
             self._backend = "torch"  # from here on as if it had been chosen: on an accelerator, if there is one
             return None
-        if not kept and not member.is_kept:
+        if not kept and not network.is_kept:
             self._notice(f"kernels can't be kept in {cache_folder()}, so every start compiles them: make room there")
         return decoder
 

@@ -31,8 +31,8 @@ TEMPERATURE, TOP_K, TOP_P, MIN_P, PENALTY, TEMPERATURE_LAST = range(6)
 # Columns of the table of keys: what one draw's random number depends on.
 SEED, REQUEST, INDEX = range(3)
 
-KERNELS = [Path(__file__), Path(__file__).with_name("sampling_kernels.py")]  # the columns above are compiled into them
-draw_rows = Kernel("thinker.sampling_kernels", "draw_rows", 9, KERNELS)
+SOURCES = [Path(__file__), Path(__file__).with_name("sampling_kernels.py")]  # the columns above are compiled into them
+draw_rows = Kernel("thinker.sampling_kernels", "draw_rows", 9, SOURCES)
 
 
 @dataclass(frozen=True)

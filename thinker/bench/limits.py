@@ -5,7 +5,6 @@ Everything else is compared with these. The fastest of several tries counts: a l
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import sys
@@ -94,11 +93,6 @@ def processor() -> str:
     """The processor's name, as the system has it."""
     named = re.search(r"^model name\s*:\s*(.+)$", _text("/proc/cpuinfo"), re.MULTILINE)
     return named[1] if named else platform.processor() or platform.machine()
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def peak_memory() -> int:

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from ..compiled.processor import processors
 from ..config import ThinkerConfig
 from ..formats import ModelFiles
 from ..llm import LLM, NativeType
@@ -81,7 +82,7 @@ def measure(files: ModelFiles, patience: Patience, say: Say) -> Report:
         files.config.parameter_count(),
         _machine(),
         rates,
-        {size: limits.read_bandwidth(size, limits.cores()) for size in sizes},
+        {size: limits.read_bandwidth(size, processors()) for size in sizes},
         tuple(speeds),
         peak,
         tuple(notes),
@@ -146,7 +147,7 @@ def _machine() -> dict[str, Any]:
 
     return versions() | {
         "processor": limits.processor(),
-        "cores": limits.cores(),
+        "cores": processors(),
         "torch_threads": torch.get_num_threads(),
         "numpy": np.__version__,
     }

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from ..compiled.processor import processors
 from ..config import ThinkerConfig
 from ..decode.decoder import Decoder
 from ..formats import ModelFiles
@@ -51,7 +52,7 @@ class Speed:
         allowed: dict[str, float] = {self.products: product_rates[self.products] / self.flops}
         if self.step_bytes:
             # Measured on so many bytes, as these may or may not fit into a cache.
-            bandwidth = limits.read_bandwidth(round(self.step_bytes), limits.cores())
+            bandwidth = limits.read_bandwidth(round(self.step_bytes), processors())
             allowed["memory"] = bandwidth / self.step_bytes * self.step_tokens
         bound = min(allowed, key=lambda name: allowed[name])
         return allowed[bound], bound

@@ -13,6 +13,7 @@ import importlib
 import importlib.metadata
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import threading
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..places import cache_folder
+from .processor import processors
 
 if TYPE_CHECKING:
     from llvmlite import binding
@@ -88,6 +90,51 @@ class Kernel:
             with contextlib.suppress(OSError):
                 keep(self._file, pack(symbol, code))
         return symbol, code
+
+
+def compile_missing(kernels: Sequence[Kernel]) -> None:
+    """Compile those that aren't on disk, the first one here and the others meanwhile, in processes of their own.
+
+    A compiler uses one processor. What fails elsewhere is left to whoever wants the kernel.
+    """
+    missing = [kernel for kernel in kernels if not kernel.is_kept]
+    many = min(processors(), len(missing)) - 1
+    if many < 1 or not may_be_written(cache_folder()):
+        return
+    others: list[subprocess.Popen[bytes]] = []
+    try:
+        with contextlib.suppress(OSError):
+            for i in range(many):
+                others.append(_begin_to_compile(missing[1 + i :: many]))
+        missing[0].prepare()
+        for other in others:
+            other.wait()
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+def _begin_to_compile(kernels: Sequence[Kernel]) -> subprocess.Popen[bytes]:
+    """A process that compiles these, one after another, and keeps them."""
+    made = [(kernel.module, kernel.name, kernel.arguments, list(map(str, kernel.sources))) for kernel in kernels]
+    program = (
+        "import json, sys\n"
+        "from pathlib import Path\n"
+        f"from {__name__} import Kernel\n"
+        "for *function, sources in json.loads(sys.argv[1]):\n"
+        "    Kernel(*function, list(map(Path, sources))).prepare()\n"
+    )
+    nothing, found = subprocess.DEVNULL, os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", program, json.dumps(made)]
+    return subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, env=found)
+
+
+def may_be_written(folder: Path) -> bool:
+    """Whether files can be put into a folder, which may not be there yet."""
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return os.access(folder, os.W_OK)
 
 
 def compile_kernel(function: Callable[..., Any], arguments: int) -> tuple[str, bytes]:

@@ -41,17 +41,6 @@ integers, unsigned, shorts = view_of(types.int64), view_of(types.uint64), view_o
 bytes_, marks, words = view_of(types.int8), view_of(types.uint8), view_of(types.int32)
 
 
-@intrinsic
-def apart(typing: Any) -> Any:
-    """Keep the function that calls this out of its callers, so that it is not compiled again in each of them."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        builder.function.attributes.add("noinline")
-        return context.get_dummy_value()
-
-    return types.void(), generate
-
-
 def pointer(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, *indices: ir.Value) -> ir.Value:
     """Where the element with the sum of the indices lies, for other intrinsics."""
     place = builder.inttoptr(address, kind.as_pointer())

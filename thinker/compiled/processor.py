@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import sys
 
 try:
     from llvmlite import binding
@@ -45,3 +47,8 @@ SLOW_PAIRS = "rapids" in _NAME and not TILES
 # Torch's library of float32 products has one kernel for all of AMD's processors, and takes a fifth to a third longer
 # than ours, as measured on Zen 3.
 NEGLECTED = JOINS_PRODUCTS and _ZEN and not WIDE
+
+
+def processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

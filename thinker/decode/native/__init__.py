@@ -2,10 +2,10 @@
 
 `decoder.py` is the door; `forward.py` the network with its two halves `attention.py` and `mlp.py`; `product.py` the one
 matrix product, `elementwise.py` and `rows.py` what is done to single rows; `layout.py`, `packing.py` and `model.py` the
-memory, `ahead.py` what of it is fetched early; `crew.py` and `team.py` the threads, `pace.py` how many, `member.py`
-what they run, `turns.py` what a job is, `shares.py` whose part is which, `meetings.py` where they wait for each other;
-`drafts.py` how a text alone is written several tokens at a time, with weights from `rounding.py`; `kernels.py` what is
-compiled of all that.
+memory, `records.py` how kernels see it, `ahead.py` what of it is fetched early; `crew.py` and `team.py` the threads,
+`pace.py` how many, `member.py` what they run, `turns.py` what a job is, `shares.py` whose part is which, `meetings.py`
+where they wait for each other; `drafts.py` how a text alone is written several tokens at a time, with weights from
+`rounding.py`; `kernels.py` what is compiled of all that.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ def open_native(
 ) -> NativeDecoder:
     """A `NativeDecoder`, or `NativeUnavailable` if Numba is missing or can't compile for this processor."""
     try:
+        from ...compiled.library import compile_missing
         from .decoder import NativeDecoder
-        from .kernels import member, product, round_panels
+        from .kernels import ALL, round_panels
 
-        for kernel in (member, product):
-            kernel.prepare()
-        if not round_panels.is_kept:  # it may not be needed, so that it need not be loaded
-            round_panels.prepare()
+        compile_missing(ALL)
+        for kernel in ALL:
+            if kernel is not round_panels or not kernel.is_kept:  # it may not be needed, and need not be loaded then
+                kernel.prepare()
     except Exception as error:
         # Whatever goes wrong in here is Numba's or LLVM's, which raise anything: no part of the model is touched yet.
         raise NativeUnavailable(f"no native kernels on this machine: {type(error).__name__}: {error}") from error

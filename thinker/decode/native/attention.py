@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from numba import njit
 
+from ...compiled.calls import call
 from ...compiled.memory import floats, integers, shorts
 from ...compiled.shares import share
 from .ahead import pieces
 from .elementwise import norm, rotate, softmax, to_float16
 from .layout import CHUNK, FLOAT16, PANEL, Q8
-from .product import call
 from .rows import to_int16
 from .shares import share_of_attention, share_of_heads
 

@@ -5,7 +5,6 @@ Whose weights and caches those are is a `Model`'s business; several models may t
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Hashable, Sequence
 from itertools import product as product_of
@@ -13,11 +12,13 @@ from itertools import product as product_of
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ...compiled.processor import processors
 from .layout import CHUNK, MANY_ROWS, QUERIES, ROWS
 from .model import Model
 from .pace import Pace, fastest
 from .team import Team
 
+MOST = 16  # threads: more only wait for each other at this size of model
 AGAIN = 2048  # tokens after which fewer threads than there are must prove the faster ones again, then twice as many, …
 
 
@@ -28,7 +29,7 @@ class Crew:
     """
 
     def __init__(self, threads: int | None) -> None:
-        self.most = threads or processors()
+        self.most = threads or min(processors(), MOST)
         self.threads = self.most
         self.rows = np.zeros((3, ROWS), np.int64)
         self._team = Team(self.most)
@@ -109,9 +110,3 @@ class Crew:
             return False
         self._again = self._left = 2 * self._again
         return True
-
-
-def processors() -> int:
-    """How many processors this process may use, 16 at most: more only wait for each other at this size of model."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(allowed, 16)

@@ -20,13 +20,18 @@ from .attention import add_attention, attend, multiply, norm_rows, project, take
 from .layout import BLOCK, FLOAT32, GROUP, PANEL
 from .meetings import barrier
 from .mlp import contract, expand
+from .records import jobs, shapes
 from .rows import sum_of_squares
 from .shares import by_whole_groups
 
 
-@njit(error_model="numpy", inline="always")
-def forward(me, s, job):  # type: ignore[no-untyped-def]
-    """The rows' vectors x through all layers, and logits."""
+def network(me, task):  # type: ignore[no-untyped-def]
+    """The network for the rows of the job at an address, once: their vectors x through all layers, and logits."""
+    job = jobs(task, 0, 1)[0]
+    s = shapes(job.shape, 0, 1)[0]
+    if not job.embedded:
+        embed(me, s, job)
+        barrier(me, job.threads, s.sync)
     plan_ahead(me, s, job)
     for layer in range(s.layers):
         keep_norms(me, s, job, layer)
@@ -45,6 +50,7 @@ def forward(me, s, job):  # type: ignore[no-untyped-def]
     keep_norms(me, s, job, s.layers)
     head(me, s, job)
     barrier(me, job.threads, s.sync)
+    return 0
 
 
 @njit(error_model="numpy")

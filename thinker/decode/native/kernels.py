@@ -8,9 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...compiled.library import Kernel
-from ...sampling import KERNELS
+from ...sampling import draw_rows
 
-SOURCES = [*KERNELS, *Path(__file__).parent.glob("*.py")]
+SOURCES = list(Path(__file__).parent.glob("*.py"))
 member = Kernel("thinker.decode.native.member", "member", 3, SOURCES)
+network = Kernel("thinker.decode.native.forward", "network", 2, SOURCES)
 product = Kernel("thinker.decode.native.product", "product", 16, SOURCES)
 round_panels = Kernel("thinker.decode.native.rounding", "round_panels", 5, SOURCES)
+ALL = network, draw_rows, member, product, round_panels  # what takes longest to compile first

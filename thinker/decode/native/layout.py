@@ -41,7 +41,8 @@ ACTIVATIONS = ("silu", "gelu", "relu", "relu2")
 _COUNTS = """layers d_model d_ff heads groups width vocab experts chosen gated mixture qk_norm kind cached
     tokens_kind beside activation capacity abreast ahead head_panels ff_panels model_panels vocab_panels
     head_width ff_width vocab_width"""
-_ADDRESSES = "product weights scales floats vectors keys values x q y hidden logits own plan slots places tokens sync"
+_ADDRESSES = """product network sampler weights scales floats vectors keys values x q y hidden logits own plan
+    slots places tokens sync"""
 _PLACES = """at_layers step_layer at_out at_up step_up at_down step_down at_embedding at_head
     at_cos at_sin at_norm at_layer_floats step_layer_floats at_norm2 at_q_norm at_k_norm at_router
     step_slot step_layer_cache step_head_cache

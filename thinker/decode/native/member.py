@@ -10,7 +10,8 @@ from numba import njit
 from ...compiled.atomics import PATIENCE, exchange, give_way, load, pause, store
 from .layout import ASLEEP, BELL, BUSY, ENDED, READY, STATE, STRIDE, TASK
 from .meetings import await_ring, enter_python, leave_python, ring
-from .turns import jobs, perform
+from .records import jobs
+from .turns import perform
 
 LOOKS = 50_000  # how often an idle helper looks for work before it sleeps, a few milliseconds
 

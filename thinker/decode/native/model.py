@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...sampling import Draws
-from .kernels import product
+from ...sampling import Draws, draw_rows
+from .kernels import network, product
 from .layout import JOB, ROWS, Sizes, aligned
 from .packing import Panels
 
@@ -41,7 +41,9 @@ class Model:
         for name, array in zip(names, arrays, strict=True):
             s[name] = array.ctypes.data
         s["vectors"] = s["weights"]
-        s["product"], s["sync"] = product.prepare(), sync
+        s["sync"] = sync
+        for name, kernel in (("product", product), ("network", network), ("sampler", draw_rows)):
+            s[name] = kernel.prepare()
         s["step_own"] *= 4  # from here on in bytes, as they are added to addresses
         s["step_plan"] *= 8
         self._jobs = np.zeros(1, JOB)

@@ -15,7 +15,6 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ...compiled.memory import pointer
@@ -307,35 +306,3 @@ def product(x, x_at, x_step, rows, w, w_at, w_step, panels, abreast, kind, scale
                 one_panel(x, from_x, x_step, w, from_w, w_step, kind, scales, k, 0, 1, ahead, out, to, out_step)
         panel += together
     return 0
-
-
-@intrinsic
-def call(  # type: ignore[no-untyped-def]
-    typing,
-    address,
-    x,
-    x_at,
-    x_step,
-    rows,
-    w,
-    w_at,
-    w_step,
-    panels,
-    abreast,
-    kind,
-    scales,
-    k,
-    ahead,
-    out,
-    out_at,
-    out_step,
-):
-    """Call `product` at its address, as Numba does: with places for its result and for an error, which has none."""
-
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        places = [cgutils.alloca_once(builder, INT), cgutils.alloca_once(builder, BYTE.as_pointer())]
-        function = ir.FunctionType(WORD, [*(place.type for place in places), *[INT] * 16])
-        builder.call(builder.inttoptr(arguments[0], function.as_pointer()), [*places, *arguments[1:]])
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 17), generate

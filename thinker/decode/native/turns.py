@@ -8,17 +8,14 @@ A text that advances alone may be drafted: then each turn of one model is a chec
 
 from __future__ import annotations
 
-from numba import from_dtype, njit
+from numba import njit
 
-from ...compiled.memory import apart, doubles, floats, integers, marks, unsigned, view_of, words
+from ...compiled.calls import call
+from ...compiled.memory import doubles, integers, marks, unsigned
 from ...compiled.shares import share
-from ...sampling_kernels import draw_one
 from .ahead import ask_for_vector
-from .forward import embed, forward
-from .layout import JOB, SHAPE
 from .meetings import barrier
-
-shapes, jobs = view_of(from_dtype(SHAPE)), view_of(from_dtype(JOB))
+from .records import jobs, shapes
 
 
 @njit(error_model="numpy")
@@ -36,12 +33,13 @@ def take_turns(me, task):  # type: ignore[no-untyped-def]
     job = jobs(task, 0, 1)[0]
     s = shapes(job.shape, 0, 1)[0]
     for turn in range(job.turns):
-        run_rows(me, task)
+        call(s.network, me, task)
         if job.draw:
             first, last = share(me, job.threads, job.rows)
             for row in range(first, last):
-                token = draw(me, s, job, row)
-                integers(job.drawn, turn * job.rows + row, 1)[0] = token
+                to = job.drawn + 8 * (turn * job.rows + row)
+                draw(me, s, job, row, to)
+                token = integers(to, 0, 1)[0]
                 integers(s.tokens, row, 1)[0] = token
                 integers(s.places, row, 1)[0] += 1
                 ask_for_vector(s, max(token, 0))
@@ -82,11 +80,11 @@ def write_ahead(me, task):  # type: ignore[no-untyped-def]
                 put(s, row, slot, held + row, drafted[row - 1])
             job.rows = n
         barrier(me, job.threads, s.sync)
-        run_rows(me, task)
+        call(s.network, me, task)
         if me == 0:
             job.done = 0
             while job.done < n and (job.done == 0 or drawn[written + job.done - 1] == drafted[job.done - 1]):
-                drawn[written + job.done] = draw(me, s, job, job.done)
+                draw(me, s, job, job.done, job.drawn + 8 * (written + job.done))
                 job.done += 1
             right = job.done - 1
             if right < draft.done:
@@ -102,18 +100,6 @@ def write_ahead(me, task):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
-def run_rows(me, task):  # type: ignore[no-untyped-def]
-    """The network for the rows, once."""
-    apart()
-    job = jobs(task, 0, 1)[0]
-    s = shapes(job.shape, 0, 1)[0]
-    if not job.embedded:
-        embed(me, s, job)
-        barrier(me, job.threads, s.sync)
-    forward(me, s, job)
-
-
-@njit(error_model="numpy")
 def put(s, row, slot, place, token):  # type: ignore[no-untyped-def]
     """Put a token into a row."""
     integers(s.slots, row, 1)[0] = slot
@@ -122,15 +108,11 @@ def put(s, row, slot, place, token):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
-def draw(me, s, job, row):  # type: ignore[no-untyped-def]
-    """The next token of a row."""
-    V, own = s.vocab, s.own + me * s.step_own
-    order, weights = words(own, s.at_draw, V), words(own, s.at_draw + s.vocab_width, V)
-    scores = floats(own, s.at_draw + 2 * s.vocab_width, V)
-    slot = integers(s.slots, row, 1)[0]
-    logits, seen = floats(s.logits, row * s.vocab_width, V), marks(job.seen, slot * V, V)
-    settings, key = doubles(job.settings, slot * 6, 6), unsigned(job.keys, slot * 3, 3)
-    return draw_one(logits, settings, key, seen, order, weights, scores)
+def draw(me, s, job, row, to):  # type: ignore[no-untyped-def]
+    """Draw the next token of a row, into the number at address `to`."""
+    slots, logits = s.slots + 8 * row, s.logits + 4 * row * s.vocab_width
+    scratch = s.own + me * s.step_own + 4 * s.at_draw
+    call(s.sampler, slots, 1, logits, s.vocab, job.settings, job.keys, job.seen, scratch, to)
 
 
 @njit(error_model="numpy")
