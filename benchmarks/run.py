@@ -55,7 +55,8 @@ def main(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     # So that contestants end with this process, however it is ended.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
+    for end in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(end, lambda number, frame: sys.exit(128 + number))
     chosen = [match for match in matches if not options.names or match.name in options.names]
 
     from . import models  # not needed to list

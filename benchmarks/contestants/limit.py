@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from thinker.bench import limits
+from thinker.compiled.processor import processors
 
 from . import Ready, timed
 
@@ -23,5 +24,5 @@ def products(dtype: str) -> Ready:
 
 def reading(size: int) -> Ready:
     """Bytes of reading the same `size` bytes again and again."""
-    threads = limits.cores()
+    threads = processors()
     return Ready(partial(timed, limits.reader(size, threads)), size * limits.passes(size), {"threads": threads})

@@ -11,10 +11,10 @@ import numpy as np
 
 import thinker
 from thinker.bench import costs
-from thinker.bench.limits import cores
 from thinker.bench.speed import practice, some_tokens, trainer
 from thinker.bench.speed import prefill as prefill_seconds
 from thinker.commands import spin_briefly
+from thinker.compiled.processor import processors
 from thinker.config import ThinkerConfig
 from thinker.decode.decoder import Decoder
 from thinker.decode.native import open_native
@@ -91,7 +91,7 @@ def prefill(model: str, dtype: NativeType, length: int = 500) -> Ready:
 def next_token(model: str, dtype: NativeType, context: int, cached: bool) -> Ready:
     """One more token behind `context` others: from the cache, or computing them all again."""
     # Of the cache alone: both with all threads, whatever either would choose.
-    decoder, about = _open(model, dtype, 1, threads=cores())
+    decoder, about = _open(model, dtype, 1, threads=processors())
     tokens = some_tokens(decoder.config, context)
     decoder.prefill(0, tokens)
     draws = Draws(1, decoder.config.vocab_size)
