@@ -106,13 +106,26 @@ def test_probing_changes_no_parameter_and_draws_nothing():
         assert torch.equal(parameter, before[name])
 
 
-def test_a_probe_waits_for_the_accelerator_that_it_times(monkeypatch):
+@pytest.mark.parametrize("device", ["cuda:1", "mps"])
+def test_a_probe_waits_for_the_accelerator_that_it_times(monkeypatch, device):
     """Bug: the first accelerator is waited for where the run has another one, and its steps seem to take no time."""
     awaited = []
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: awaited.append(device))
-    room.probe(NextTokenLoss(ThinkerLM(CONFIG)), one_row(), "cuda:1", "float32")
-    assert awaited == ["cuda:1"] * 2
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device=None: awaited.append(device))
+    room.probe(NextTokenLoss(ThinkerLM(CONFIG)), one_row(), device, "float32")
+    assert awaited == [device] * 2
+
+
+@pytest.mark.parametrize(
+    ("device", "able", "precision"),
+    [("cuda", True, "bfloat16"), ("cuda", False, "float16"), ("mps", False, "bfloat16")],
+)
+def test_older_cuda_devices_alone_train_in_float16(monkeypatch, device, able, precision):
+    """Bug: whatever isn't CUDA is asked whether CUDA knows bfloat16, and trains in float16, with a scaled loss."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: able)
+    monkeypatch.setattr(room, "probe", lambda *_: 0.01)
+    run = TrainConfig(steps=10, compile="off")
+    assert decide(run, NextTokenLoss(ThinkerLM(CONFIG)), one_row(), device).precision == precision
 
 
 @pytest.mark.parametrize(("seconds", "steps", "compiled"), [(1.0, 10, False), (1.0, 1000, True), (0.001, 1000, False)])

@@ -114,7 +114,8 @@ def decide(
         precision: Precision = run.precision
         seconds = rows * probe(module, one_row, device, precision)
     elif device != "cpu":
-        precision = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+        older = torch.device(device).type == "cuda" and not torch.cuda.is_bf16_supported()
+        precision = "float16" if older else "bfloat16"
         seconds = rows * probe(module, one_row, device, precision)
         reasons.append(f"{precision}: what this accelerator is built for")
     else:
@@ -216,7 +217,7 @@ def probe(module: NextTokenLoss | SplicedLoss, batch: tuple[Tensor, ...], device
             parts: LossParts = module(*batch)
         parts.total.backward()
         if device != "cpu":
-            torch.cuda.synchronize(device)
+            torch.accelerator.synchronize(device)
         return time.perf_counter() - start
 
     with torch.random.fork_rng([]):  # an accelerator's is seeded for each step
