@@ -374,6 +374,18 @@ def test_every_decoder_refuses_the_same(open_decoder, slots, tokens, message):
     assert decoder.length(0) == 0
 
 
+@pytest.mark.parametrize("open_decoder", [lambda model: open_native(files_of(model), 2, threads=1), TorchDecoder])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, 1e300])
+def test_embeddings_that_are_not_finite_are_refused(open_decoder, wrong):
+    """Bug: one damaged vector makes those before it NaN too, or not, as the prompt happens to be cut."""
+    decoder = open_decoder(model_of(small("dense")))
+    embeddings = np.zeros((5, decoder.config.d_model))
+    embeddings[3, 7] = wrong
+    with pytest.raises(ValueError, match="embedding 3 holds NaN or an infinite number"):
+        decoder.prefill(0, embeddings=embeddings)
+    assert decoder.length(0) == 0
+
+
 def test_slots_come_and_go():
     """Bug: a slot that is used again sees what its former text left behind."""
     config = small("dense")

@@ -169,8 +169,12 @@ def check_tokens(config: ThinkerConfig, tokens: ArrayLike) -> np.ndarray:
 
 
 def check_embeddings(config: ThinkerConfig, embeddings: np.ndarray) -> np.ndarray:
-    """Embeddings as contiguous float32 (T, D); `ValueError` if there is none or the width differs."""
-    array = np.ascontiguousarray(embeddings, np.float32)
+    """Embeddings as contiguous float32 (T, D); `ValueError` if there is none, or one of another width or not finite."""
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused as such
+        array = np.ascontiguousarray(embeddings, np.float32)
     if array.ndim != 2 or array.shape[0] == 0 or array.shape[1] != config.d_model:
         raise ValueError(f"embeddings have shape {array.shape}: expected (T, {config.d_model}) with T at least 1")
+    finite = np.isfinite(array).all(1)
+    if not finite.all():
+        raise ValueError(f"embedding {int(finite.argmin())} holds NaN or an infinite number: mend what it was made of")
     return array
