@@ -99,7 +99,7 @@ def compile_missing(kernels: Sequence[Kernel]) -> None:
     """
     missing = [kernel for kernel in kernels if not kernel.is_kept]
     many = min(processors(), len(missing)) - 1
-    if many < 1 or not may_be_written(cache_folder()):
+    if many < 1 or not sys.executable or not may_be_written(cache_folder()):
         return
     others: list[subprocess.Popen[bytes]] = []
     try:
