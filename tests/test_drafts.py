@@ -13,7 +13,7 @@ from thinker.decode.native import open_native
 from thinker.decode.native.crew import Crew
 from thinker.decode.native.decoder import NativeDecoder
 from thinker.decode.native.drafts import LENGTHS, Drafts
-from thinker.decode.native.layout import FLOAT32, lay_out
+from thinker.decode.native.layout import FLOAT32, PANEL, lay_out
 from thinker.decode.native.packing import Packed, round_weights
 from thinker.formats.q8 import Q8Tensor
 from thinker.sampling import Draws, Sampling
@@ -254,3 +254,32 @@ def test_drafts_are_as_long_as_pays():
         assert drafts.write(0, 10, 4, None, 50, None) is None
         calls += 1
     assert 10 < calls < 100
+
+
+def test_drafts_attend_to_the_texts_own_keys_and_values(drafting):
+    """Bug: they attend to what a slot held before it was cut, or to another's, and little of what they say comes true.
+
+    No byte of a text would show it.
+    """
+    T, W = 256, 32
+    config = small("dense", d_model=2 * W, n_heads=2, d_ff=64, ctx_len=T)
+    decoder = NativeDecoder(files_of(model_of(config)), slots=3, threads=2)
+    draws = Draws(3, decoder.config.vocab_size)
+
+    def seen(caches, slot, count):
+        """A slot's keys and values (layers, heads, count, W), whatever lies in which panel."""
+        keys, values = (cache.reshape(3, -1, T * W)[slot] for cache in caches)
+        keys = keys.reshape(-1, T // PANEL, W, PANEL).swapaxes(2, 3).reshape(-1, T, W)
+        values = values.reshape(-1, W // PANEL, T, PANEL).swapaxes(1, 2).reshape(-1, T, W)
+        return np.stack([keys, values])[:, :, :count].copy()
+
+    for slot, keep, count in ((1, 0, 100), (0, 0, 60), (1, 30, 70), (2, 0, 40), (1, 0, 150), (0, 33, 31)):
+        decoder.truncate(slot, keep)
+        prompt = [3 + slot, 5 + count % 7, 9]
+        logits = decoder.prefill(slot, prompt)
+        draws.begin(slot, Sampling(temperature=1.0), slot, prompt)
+        decoder.run([slot], draws.draw([slot], logits[None]).tolist(), draws, count)
+        known = decoder._drafts._narrowed[slot]
+        assert keep < known <= decoder.length(slot)
+        ours = seen(decoder._drafts._draft.caches, slot, known).view(np.float16)
+        assert np.array_equal(ours, seen(decoder._model.caches, slot, known).astype(np.float16))

@@ -120,6 +120,29 @@ def finish_head(s, own, at, row, layer, at_floats, head):  # type: ignore[no-unt
 
 
 @njit(error_model="numpy")
+def narrow(me, threads, s, drafting, slot, first, last):  # type: ignore[no-untyped-def]
+    """A slot's keys and values, of positions first to last - 1, as float16 into the caches of the model that drafts."""
+    item, end = share(me, threads, s.layers * s.groups)
+    begin, panels = first // PANEL, (last + PANEL - 1) // PANEL - first // PANEL  # keys go by whole ones
+    step = s.width * PANEL
+    while item < end and first < last:
+        at = slot * s.step_slot + item // s.groups * s.step_layer_cache + item % s.groups * s.step_head_cache
+        start, count = at + begin * step, panels * step
+        narrow_row(floats(s.keys, start, count), shorts(drafting.keys, start, count))
+        for panel in range(s.head_panels):
+            start, count = at + (panel * s.capacity + first) * PANEL, (last - first) * PANEL
+            narrow_row(floats(s.values, start, count), shorts(drafting.values, start, count))
+        item += 1
+
+
+@njit(error_model="numpy")
+def narrow_row(x, y):  # type: ignore[no-untyped-def]
+    """float32 to the bits of float16."""
+    for i in range(x.shape[0]):
+        y[i] = to_float16(x[i])
+
+
+@njit(error_model="numpy")
 def attend(me, s, job, layer):  # type: ignore[no-untyped-def]
     """Attention of some rows and heads.
 

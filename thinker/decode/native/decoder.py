@@ -42,8 +42,8 @@ class NativeDecoder(Decoder):
     Beside INT8 weights activations are rounded to 16 bits in blocks of 32; keys and values are float16 there, at most
     65504 in size (what is larger becomes that), and else float32: half as much to read, which many streams wait for.
     `threads` None measures which number is fastest. A longer text that is written alone in float32 is drafted in INT8,
-    which takes a quarter of the weights' memory more, unless `drafts` is false. Raises `ValueError` for what can't be
-    had.
+    which takes a quarter of the weights' memory more, and half of its keys' and values', unless `drafts` is false.
+    Raises `ValueError` for what can't be had.
     """
 
     def __init__(
@@ -96,6 +96,8 @@ class NativeDecoder(Decoder):
         if not 0 <= length <= self.length(slot):
             raise ValueError(f"slot {slot} holds {self.length(slot)} tokens and can't be cut to {length}")
         self._lengths[slot] = length
+        if self._drafts is not None:
+            self._drafts.truncate(slot, length)
 
     def prefill(
         self,

@@ -3,8 +3,8 @@
 To read float32 weights takes most of a token's time, and to read them for eight rows hardly more than for one. So INT8,
 which reads a quarter, draws the next few tokens first; then one pass of float32 over all of them says how many are
 right. What is written is drawn from float32's logits with the text's own random numbers: it is what it would be
-without, to the last byte, and only comes faster. INT8 attends to float32's keys and values, and what it writes behind
-them the check replaces.
+without, to the last byte, and only comes faster. INT8 attends to float32's keys and values, rounded to float16, since
+they are read for each drafted token; what it writes behind them those of the check replace.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ...compiled.processor import LOW, TALL
 from ...config import ThinkerConfig
 from ...sampling import Draws, check_drawn
 from .crew import Crew
-from .layout import BLOCK, FLOAT32, lay_out
+from .layout import BLOCK, FLOAT16, FLOAT32, lay_out, sparse
 from .model import BURST, Model
 from .pace import seconds_of
 from .packing import round_weights
@@ -39,6 +39,7 @@ class Drafts:
         self._config, self._model, self._slots, self._crew = config, model, slots, crew
         self._draft: Model | None = None
         self._draws: Draws | None = None
+        self._narrowed = [0] * slots  # positions whose keys and values are those that the slot holds
         self._waiting: float = PATIENCE
         if any(width % BLOCK for width in (config.d_model, config.d_ff, config.n_heads * config.head_width)):
             self._waiting = float("inf")  # INT8 has no such blocks
@@ -49,6 +50,10 @@ class Drafts:
     def ready(self) -> bool:
         """Whether there is something that drafts."""
         return bool(self._seconds)
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Forget the slot's tokens from `length` on."""
+        self._narrowed[slot] = min(self._narrowed[slot], length)
 
     def forget_seconds(self) -> None:
         """Measure anew, since the number of threads has changed."""
@@ -73,6 +78,7 @@ class Drafts:
         self._write(slot, held, token, draws, stop, length, min(left, BURST), BURST // (length + 1))
         job = self._model.job
         drawn = check_drawn(self._model.drawn[: int(job["done"]), None]).copy()
+        self._narrowed[slot] = held + len(drawn)
         kept = MEMORY ** int(job["checked"])
         self._tried, self._right = kept * self._tried + int(job["tried"]), kept * self._right + int(job["right"])
         return drawn
@@ -106,6 +112,7 @@ class Drafts:
         self._model.draw_with(draws, stop)
         self._draft.draw_with(self._draws, stop)
         self._crew.place(1, slot, held, token)
+        self._model.job["narrowed"], self._narrowed[slot] = self._narrowed[slot], held
         self._crew.write_ahead(self._model, self._draft, length, most, checks, paced=paced)
 
     def _prepare(self, slot: int, held: int, token: int) -> bool:
@@ -116,7 +123,7 @@ class Drafts:
         if held + max(*LENGTHS, FEW) + 1 > self._config.ctx_len:
             return False
         if self._draft is None:
-            with contextlib.suppress(MemoryError):
+            with contextlib.suppress(MemoryError, OSError):
                 self._draft = self._rounded()
         if self._draft is None:
             self._waiting = float("inf")
@@ -140,14 +147,16 @@ class Drafts:
         return True
 
     def _rounded(self) -> Model | None:
-        """The model that drafts, on the other one's caches; none if its weights are too large for INT8."""
+        """The model that drafts; none if its weights are too large for INT8."""
         wide = self._model
         # All but the embedding, unless it is the head as well: of that, few numbers are read.
         matrices = int(wide.shape[0]["at_embedding"]) if wide.shape[0]["beside"] == 1 else wide.panels.weights.size
         rounded = round_weights(wide.panels, matrices)
         if rounded is None:
             return None
-        shape, sizes = lay_out(self._config, True, self._crew.most, FLOAT32)
-        draft = Model(shape, sizes, rounded, wide.caches, self._crew.rows, self._crew.sync)
+        shape, sizes = lay_out(self._config, True, self._crew.most, FLOAT16)
+        room, piece = self._slots * sizes.slot, int(shape[0]["step_head_cache"])
+        caches = sparse(room, np.int16, piece), sparse(room, np.int16, piece)
+        draft = Model(shape, sizes, rounded, caches, self._crew.rows, self._crew.sync)
         shape["tokens_kind"], shape["vectors"] = FLOAT32, wide.shape["weights"]
         return draft

@@ -58,10 +58,11 @@ SHAPE = np.dtype(
 # positions to be kept for a person to see, 0 for none; whether x is there already (embeddings); how many turns; and,
 # if the next token is to be drawn and run in the following turn, the addresses of `sampling.Draws` and of stop ids, and
 # of the drawn ids, (turns, n), of which so many turns were done. To write ahead (`turns.py`), the address of the job
-# that drafts, so many tokens a time, and how many checks at most; what comes back is how many there were, and of how
-# many drafted tokens that were compared with what was drawn how many were right.
+# that drafts, so many tokens a time, how many checks at most, and how many positions' keys and values its own caches
+# have; what comes back is how many checks there were, and of how many drafted tokens that were compared with what was
+# drawn how many were right.
 _JOB = """shape rows threads together logits_from traced seen_attention seen_experts seen_shares seen_norms
-    embedded turns draw settings keys seen stop stops drawn done draft length checks checked tried right"""
+    embedded turns draw settings keys seen stop stops drawn done draft length checks narrowed checked tried right"""
 JOB = np.dtype([(name, np.int64) for name in _JOB.split()])
 
 

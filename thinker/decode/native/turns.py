@@ -14,6 +14,7 @@ from ...compiled.calls import call
 from ...compiled.memory import doubles, integers, marks, unsigned
 from ...compiled.shares import share
 from .ahead import ask_for_vector
+from .attention import narrow
 from .meetings import barrier
 from .records import jobs, shapes
 
@@ -61,6 +62,8 @@ def write_ahead(me, task):  # type: ignore[no-untyped-def]
     slot, held, token = integers(s.slots, 0, 1)[0], integers(s.places, 0, 1)[0], integers(s.tokens, 0, 1)[0]
     written, checks = 0, 0
     drafted, drawn = integers(draft.drawn, 0, job.length), integers(job.drawn, 0, job.turns)
+    drafting = shapes(draft.shape, 0, 1)[0]
+    narrow(me, job.threads, s, drafting, slot, job.narrowed, held)
     while written < job.turns and checks < job.checks and not (checks and ends(job, token)):
         length = min(job.length, job.turns - written - 1)
         if me == 0:
@@ -92,6 +95,7 @@ def write_ahead(me, task):  # type: ignore[no-untyped-def]
                 right += drawn[written + right] == drafted[right]
             job.tried, job.right = job.tried + job.done - 1, job.right + right
         barrier(me, job.threads, s.sync)
+        narrow(me, job.threads, s, drafting, slot, held, held + job.done)
         written, held, checks = written + job.done, held + job.done, checks + 1
         token = drawn[written - 1]
     barrier(me, job.threads, s.sync)  # all have read what the last check has written
