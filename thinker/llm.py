@@ -170,11 +170,11 @@ class LLM:
         if self._in_torch:
             return None
         from .decode.native import NativeUnavailable, open_native
-        from .decode.native.kernels import network
+        from .decode.native.kernels import ALL
 
         kept = True
         with contextlib.suppress(ImportError):  # of which `open_native` will say more
-            kept = network.is_kept
+            kept = all(kernel.is_kept for kernel in ALL)
         if not kept and sys.stderr is not None and sys.stderr.isatty():
             print("compiling the kernels for this processor, some 10 seconds, once", file=sys.stderr)
         quantised = self.files.dtype not in get_args(TorchType)
@@ -188,7 +188,7 @@ class LLM:
             self._notice(f"computing in torch: {line}")
             self._backend = "torch"  # from here on as if it had been chosen: on an accelerator, if there is one
             return None
-        if not kept and not network.is_kept:
+        if not kept and not all(kernel.is_kept for kernel in ALL):
             self._notice(f"kernels can't be kept in {cache_folder()}, so every start compiles them: make room there")
         return decoder
 

@@ -99,7 +99,7 @@ def compile_missing(kernels: Sequence[Kernel]) -> None:
     """
     missing = [kernel for kernel in kernels if not kernel.is_kept]
     many = min(processors(), len(missing)) - 1
-    if many < 1 or not sys.executable or not may_be_written(cache_folder()):
+    if many < 1 or not sys.executable or not _may_be_written(cache_folder()):
         return
     others: list[subprocess.Popen[bytes]] = []
     try:
@@ -130,10 +130,12 @@ def _begin_to_compile(kernels: Sequence[Kernel]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, env=found)
 
 
-def may_be_written(folder: Path) -> bool:
+def _may_be_written(folder: Path) -> bool:
     """Whether files can be put into a folder, which may not be there yet."""
-    with contextlib.suppress(OSError):
+    try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
     return os.access(folder, os.W_OK)
 
 

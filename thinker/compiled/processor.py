@@ -1,4 +1,4 @@
-"""What this processor has, as far as the kernels' form depends on it. What is decoded never does."""
+"""What this processor has, as far as the kernels' form depends on it (what is decoded never does), and how many."""
 
 from __future__ import annotations
 

@@ -32,12 +32,11 @@ def open_native(
     try:
         from ...compiled.library import compile_missing
         from .decoder import NativeDecoder
-        from .kernels import ALL, round_panels
+        from .kernels import ALL
 
         compile_missing(ALL)
         for kernel in ALL:
-            if kernel is not round_panels or not kernel.is_kept:  # it may not be needed, and need not be loaded then
-                kernel.prepare()
+            kernel.prepare()
     except Exception as error:
         # Whatever goes wrong in here is Numba's or LLVM's, which raise anything: no part of the model is touched yet.
         raise NativeUnavailable(f"no native kernels on this machine: {type(error).__name__}: {error}") from error

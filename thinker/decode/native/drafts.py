@@ -4,7 +4,7 @@ To read float32 weights takes most of a token's time, and to read them for eight
 which reads a quarter, draws the next few tokens first; then one pass of float32 over all of them says how many are
 right. What is written is drawn from float32's logits with the text's own random numbers: it is what it would be
 without, to the last byte, and only comes faster. INT8 attends to float32's keys and values, rounded to float16, since
-they are read for each drafted token; what it writes behind them those of the check replace.
+they are read for each drafted token; what it writes behind them is replaced by what the check does.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Drafts:
         self._config, self._model, self._slots, self._crew = config, model, slots, crew
         self._draft: Model | None = None
         self._draws: Draws | None = None
-        self._narrowed = [0] * slots  # positions whose keys and values are those that the slot holds
+        self._narrowed = [0] * slots  # of how many positions of each the draft's caches hold the text's keys and values
         self._waiting: float = PATIENCE
         if any(width % BLOCK for width in (config.d_model, config.d_ff, config.n_heads * config.head_width)):
             self._waiting = float("inf")  # INT8 has no such blocks
