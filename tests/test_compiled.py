@@ -159,14 +159,20 @@ def test_what_only_this_process_can_run_is_not_kept(tmp_path):
     assert done.stdout.split() == ["False"], done.stderr
 
 
-def test_several_are_compiled_side_by_side(kernel, tmp_path, monkeypatch):
+def test_several_are_compiled_side_by_side(kernel, monkeypatch):
     """Bug: whoever wants three waits three times as long, or gets another's, or one that this process doesn't find."""
     monkeypatch.setattr(library, "processors", lambda: 3)
-    first, *others = (kernel(SOURCE.replace("* 2", f"* {i}"), f"kernel_{i}") for i in (2, 3, 4))
+    begun, compiled = [], []
+    begin, compile_kernel = library._begin_to_compile, library.compile_kernel
+    monkeypatch.setattr(library, "_begin_to_compile", lambda some: begun.append(len(some)) or begin(some))
+    monkeypatch.setattr(library, "compile_kernel", lambda *what: compiled.append(what) or compile_kernel(*what))
+    first, *others = (kernel(SOURCE.replace("* 2", f"* {i}"), f"kernel_{i}") for i in (2, 3, 4, 5))
     library.compile_missing([first, *others])
+    assert begun == [2, 1]
+    assert len(compiled) == 1, "the others were compiled elsewhere"
     assert all(one.is_kept for one in (first, *others))
     monkeypatch.setattr(library, "compile_kernel", None)
-    assert [answer(one)[1][0] for one in (first, *others)] == [2, 3, 4]
+    assert [answer(one)[1][0] for one in (first, *others)] == [2, 3, 4, 5]
 
 
 def test_what_fails_elsewhere_is_compiled_here(kernel, tmp_path, monkeypatch):
@@ -177,6 +183,7 @@ def test_what_fails_elsewhere_is_compiled_here(kernel, tmp_path, monkeypatch):
     library.compile_missing(pair)
     assert [one.is_kept for one in pair] == [True, False]
     assert answer(pair[1])[1][0] == 3
+    monkeypatch.setattr(library, "_begin_to_compile", None)  # where nothing can be kept, it would be in vain
     (tmp_path / "file").touch()
     monkeypatch.setenv("THINKER_CACHE", str(tmp_path / "file"))
     alone = kernel(SOURCE.replace("* 2", "* 4"), "third_under_test")
